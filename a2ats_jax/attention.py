@@ -1,0 +1,163 @@
+r"""Exact attention over parts of a cache, and the merge that makes parts one softmax.
+
+A part is attention over some of the keys: the unnormalised output, the running maximum of its
+logits and the running sum of weights. Parts are merged in any order, so a cache may be attended
+where its pieces lie, and an estimate can be one more part.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+from a2ats_jax.typing import Array, Bool, Float, Int
+
+_HIGHEST = jax.lax.Precision.HIGHEST
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["out", "peak", "total"], meta_fields=[])
+@dataclasses.dataclass(frozen=True)
+class Part:
+  r"""Softmax attention over some keys, not yet normalised.
+
+  Attributes:
+    out: :math:`\sum_t e^{l_t - peak} v_t`, ``[B, S, H, D]`` float32.
+    peak: the largest logit, ``-inf`` where the part holds no key.
+    total: :math:`\sum_t e^{l_t - peak}`.
+  """
+
+  out: Float[Array, "B S H D"]
+  peak: Float[Array, "B S H"]
+  total: Float[Array, "B S H"]
+
+
+def grouped(q: Float[Array, "B S H D"], kv_heads: int) -> Float[Array, "B S K G D"]:
+  """Query heads beside the KV head they share: head ``h`` belongs to KV head ``h // G``."""
+  b, s, h, d = q.shape
+  return q.reshape(b, s, kv_heads, h // kv_heads, d)
+
+
+def logits(q: Float[Array, "B S H D"], k: Float[Array, "B K T D"]) -> Float[Array, "B S H T"]:
+  """``q . k / sqrt(D)`` in float32, no mask. Both already rotated, or neither."""
+  b, s, h, d = q.shape
+  out = jnp.einsum(
+    "bskgd,bktd->bskgt",
+    grouped(q, k.shape[1]),
+    k,
+    preferred_element_type=jnp.float32,
+    precision=_HIGHEST,
+  )
+  return out.reshape(b, s, h, k.shape[2]) * d**-0.5
+
+
+def from_logits(
+  scores: Float[Array, "B S H T"],
+  values: Float[Array, "B K T D"],
+  mask: Bool[Array, "B S H_or_1 T"],
+  weight: Float[Array, "B S H T"] | None = None,
+) -> Part:
+  """The part of the tokens in ``mask``; ``weight`` multiplies each value, not the total.
+
+  Args:
+    scores: logits, float32.
+    values: one per token and KV head.
+    mask: tokens that count; the head axis may be 1.
+  """
+  b, s, h, t = scores.shape
+  scores = jnp.where(mask, scores, -jnp.inf)
+  peak = jnp.max(scores, axis=-1)
+  base = jnp.where(jnp.isfinite(peak), peak, 0.0)
+  p = jnp.exp(scores - base[..., None])
+  total = jnp.sum(p, axis=-1)
+  if weight is not None:
+    p = p * weight
+  kv_heads = values.shape[1]
+  out = jnp.einsum(
+    "bskgt,bktd->bskgd",
+    p.reshape(b, s, kv_heads, h // kv_heads, t),
+    values,
+    preferred_element_type=jnp.float32,
+    precision=_HIGHEST,
+  )
+  return Part(out.reshape(b, s, h, values.shape[-1]), peak, total)
+
+
+def per_query_head(mask: Bool[Array, "B S K T"], group: int) -> Bool[Array, "B S H T"]:
+  """A mask of KV heads, repeated for the query heads of each group."""
+  return jnp.repeat(mask, group, axis=2)
+
+
+def merge(parts: Sequence[Part]) -> Part:
+  """One part over the union of disjoint parts."""
+  peak = parts[0].peak
+  for part in parts[1:]:
+    peak = jnp.maximum(peak, part.peak)
+  base = jnp.where(jnp.isfinite(peak), peak, 0.0)
+  scales = [jnp.exp(part.peak - base) for part in parts]
+  out = sum(part.out * scale[..., None] for part, scale in zip(parts, scales))
+  total = sum(part.total * scale for part, scale in zip(parts, scales))
+  return Part(out, peak, total)
+
+
+def finish(part: Part) -> Float[Array, "B S H D"]:
+  """The normalised output; zero where no key was attended."""
+  return jnp.where(part.total > 0, 1.0, 0.0)[..., None] * part.out / jnp.maximum(
+    part.total, jnp.finfo(jnp.float32).tiny
+  )[..., None]
+
+
+def causal_chunk(
+  q: Float[Array, "B S H D"],
+  k: Float[Array, "B K T D"],
+  v: Float[Array, "B K T D"],
+  start: Int[Array, ""],
+) -> Float[Array, "B S H D"]:
+  """Exact causal attention of one chunk of prompt queries over the keys up to its end.
+
+  Walks key blocks of S tokens with a running softmax, so nothing larger than S x S per head is
+  built, and blocks after the chunk are never touched.
+
+  Args:
+    q: rotated queries at positions ``start .. start + S - 1``.
+    k, v: rotated keys and values of the prompt by position; T a multiple of S.
+    start: position of the first query, a multiple of S.
+  """
+  b, s, h, d = q.shape
+  kv_heads = k.shape[1]
+  group = h // kv_heads
+  rows = grouped(q, kv_heads).transpose(0, 2, 3, 1, 4).reshape(b, kv_heads, group * s, d) * d**-0.5
+  row = jnp.tile(jnp.arange(s, dtype=jnp.int32), group) + start
+
+  def block(index, carry):
+    out, peak, total = carry
+    kb = jax.lax.dynamic_slice_in_dim(k, index * s, s, axis=2)
+    vb = jax.lax.dynamic_slice_in_dim(v, index * s, s, axis=2)
+    scores = jnp.einsum(
+      "bkrd,bktd->bkrt", rows, kb, preferred_element_type=jnp.float32, precision=_HIGHEST
+    )
+    column = index * s + jnp.arange(s, dtype=jnp.int32)
+    scores = jnp.where((column[None, :] <= row[:, None])[None, None], scores, -jnp.inf)
+    new = jnp.maximum(peak, jnp.max(scores, axis=-1))
+    p = jnp.exp(scores - new[..., None])
+    shrink = jnp.exp(peak - new)
+    out = out * shrink[..., None] + jnp.einsum(
+      "bkrt,bktd->bkrd",
+      p.astype(v.dtype),
+      vb,
+      preferred_element_type=jnp.float32,
+      precision=_HIGHEST,
+    )
+    return out, new, total * shrink + jnp.sum(p, axis=-1)
+
+  shape = rows.shape[:-1]
+  # Walked from the first block, where every row sees key 0: the running peak is finite at once.
+  carry = (
+    jnp.zeros((*shape, d), jnp.float32),
+    jnp.full(shape, -jnp.inf),
+    jnp.zeros(shape, jnp.float32),
+  )
+  out, _, total = jax.lax.fori_loop(0, start // s + 1, block, carry)
+  out = (out / total[..., None]).reshape(b, kv_heads, group, s, d)
+  return out.transpose(0, 3, 1, 2, 4).reshape(b, s, h, d)

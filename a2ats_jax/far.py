@@ -1,0 +1,102 @@
+"""Where a far token is taken to stand when it is scored by its codeword.
+
+The published rule puts every far token at one constant distance ``b``. Segments put it at the
+distance of its segment's representative position instead: the prompt's far part is cut into
+ranges of absolute position that grow with the distance from its end, and what is written later
+into ranges of equal length. A token's segment never changes, so one static codebook still serves;
+only the query is rotated, once per segment.
+"""
+
+import dataclasses
+
+import jax.numpy as jnp
+
+from a2ats_jax.errors import UserError
+from a2ats_jax.typing import Array, Int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FarPosition:
+  """Use :meth:`constant` or :meth:`segments`.
+
+  Attributes:
+    distance: the constant ``b``; None with segments.
+    prompt_segments: ranges the far part of the prompt is cut into.
+    span: tokens of each range of what is written after the prompt.
+  """
+
+  distance: int | None = None
+  prompt_segments: int = 1
+  span: int = 0
+
+  @classmethod
+  def constant(cls, distance: int = 2048) -> "FarPosition":
+    """Every far token at distance b (A2ATS, Eq. 12; b = 2048 as published)."""
+    if distance < 0:
+      raise UserError(f"far position: the constant distance must be 0 or more, got {distance}")
+    return cls(distance=distance)
+
+  @classmethod
+  def segments(cls, count: int, span: int = 64) -> "FarPosition":
+    """``count`` ranges for the prompt, then one for every ``span`` tokens written after it.
+
+    Ours, not the paper's. The ranges of the prompt are log-spaced by distance from its end; the
+    last ``window`` tokens of the prompt already belong to the first later range.
+    """
+    if count < 1 or span < 1:
+      raise UserError(f"far position: segments and span must be at least 1, got {count} and {span}")
+    return cls(prompt_segments=count, span=span)
+
+  def count(self, window: int, new: int) -> int:
+    """Z: segments needed when at most ``new`` tokens follow the prompt."""
+    if self.distance is not None:
+      return 1
+    return self.prompt_segments + -(-(new + window) // self.span)
+
+  def _edges(self, prompt: Int[Array, "B"], window: int) -> Int[Array, "B Z_plus_1"]:
+    """Positions at which the prompt's segments start, oldest first, and where the last one ends."""
+    n = self.prompt_segments
+    far = jnp.maximum(prompt, window).astype(jnp.float32)[:, None]
+    power = (jnp.arange(n, -1, -1, dtype=jnp.float32) / n)[None, :]
+    distance = jnp.round(window * (far / window) ** power).astype(jnp.int32)
+    # Exact at both ends whatever the rounding: position 0, and the prompt's end less the window.
+    distance = distance.at[:, 0].set(jnp.maximum(prompt, window)).at[:, -1].set(window)
+    return prompt[:, None] - distance
+
+  def segment_of(
+    self, positions: Int[Array, "B T"], prompt: Int[Array, "B"], window: int
+  ) -> Int[Array, "B T"]:
+    """The segment of each absolute position, oldest first.
+
+    Args:
+      prompt: tokens of each row's prompt, T0.
+      window: ``w``, at least 1.
+    """
+    if self.distance is not None:
+      return jnp.zeros_like(positions)
+    starts = self._edges(prompt, window)
+    old = jnp.sum(positions[:, :, None] >= starts[:, None, 1:-1], axis=-1)
+    since = positions - (prompt[:, None] - window)
+    return jnp.where(since >= 0, self.prompt_segments + since // self.span, old).astype(jnp.int32)
+
+  def distances(
+    self, query: Int[Array, "B S"], prompt: Int[Array, "B"], window: int, count: int
+  ) -> Int[Array, "B S Z"]:
+    """The distance at which a query scores the tokens of each segment.
+
+    For segments it is ``i - p_z`` with ``p_z`` the middle of segment z's range, fixed for ever; it
+    may be negative for a segment that is still to be written, which then holds no token.
+    """
+    if self.distance is not None:
+      return jnp.full((*query.shape, 1), self.distance, query.dtype)
+    starts = self._edges(prompt, window)
+    old = (starts[:, :-1] + starts[:, 1:] - 1) // 2
+    later = jnp.arange(count - self.prompt_segments, dtype=jnp.int32) * self.span
+    later = prompt[:, None] - window + (later + (self.span - 1) // 2)[None, :]
+    middle = jnp.concatenate([old, later], axis=1)
+    return query[:, :, None] - middle[:, None, :]
+
+  def __str__(self) -> str:
+    if self.distance is not None:
+      return f"constant({self.distance})"
+    return f"segments({self.prompt_segments})"

@@ -1,0 +1,237 @@
+r"""A2ATS in reference form: the definition that every fast path has to equal.
+
+Prefill is exact. A decode step (2502.12665, sec. 4; the numbered steps of the authors' accuracy
+path) codes the new key, scores every far token by its codeword with the query rotated to a far
+distance (Eq. 12), takes the first k tokens per query head, joins the choices of a group, and runs
+exact attention with ordinary rotary embedding over them, the sinks and the window.
+
+Two extensions, both off by default: far positions by segment (:class:`a2ats_jax.far.FarPosition`)
+and ``tail="centroid"``, which estimates what is not read from the codewords.
+
+Differs from the authors' code: k larger than the number of eligible tokens selects just those (theirs
+would select sinks and window again), ties are settled (score, cell, index), any batch size.
+"""
+
+import dataclasses
+from functools import partial
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+
+from a2ats_jax import attention
+from a2ats_jax.budget import Budget
+from a2ats_jax.codebook import Codebook, encode, score_table
+from a2ats_jax.errors import UserError
+from a2ats_jax.far import FarPosition
+from a2ats_jax.methods import dense, selection
+from a2ats_jax.methods.base import Geometry, PromptLayer, Stats
+from a2ats_jax.rope import Rope, far_query, rotate
+from a2ats_jax.typing import Array, Bool, Float, Int, UInt16
+
+
+@partial(
+  jax.tree_util.register_dataclass,
+  data_fields=["cache", "codes", "prompt"],
+  meta_fields=["segments"],
+)
+@dataclasses.dataclass(frozen=True)
+class ReferenceState:
+  """The dense cache with a code beside every key.
+
+  Attributes:
+    cache: rotated keys, and values.
+    codes: codeword of every key.
+    prompt: T0, tokens of each row's prompt; fixes the segments.
+    segments: Z.
+  """
+
+  cache: dense.DenseCache
+  codes: UInt16[Array, "L B K T"]
+  prompt: Int[Array, "B"]
+  segments: int
+
+
+@partial(
+  jax.tree_util.register_dataclass,
+  data_fields=["codebook"],
+  meta_fields=["budget", "far", "tail", "window", "sinks"],
+)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class A2ATSReference:
+  """Options and codebooks of the reference.
+
+  Attributes:
+    codebook: of all layers.
+    budget: far tokens per query head.
+    far: where far tokens are taken to stand; the default is the paper's.
+    tail: ``"centroid"`` adds every far token that was not chosen with the weight of its cell's
+      score and, as value, the mean value of its codeword over all far tokens of the row.
+    window: ``w``, tokens read exactly up to and including the current one.
+    sinks: first tokens of the context, always read.
+  """
+
+  codebook: Codebook
+  budget: Budget
+  far: FarPosition = FarPosition.constant()
+  tail: Literal["none", "centroid"] = "none"
+  window: int = 64
+  sinks: int = 8
+
+  def __post_init__(self):
+    if self.window < 1 or self.sinks < 0:
+      raise UserError(
+        f"a2ats: window must be at least 1 and sinks 0 or more, got {self.window} and {self.sinks}"
+      )
+
+  @property
+  def name(self) -> str:
+    return "a2ats_reference"
+
+  def init(self, geometry: Geometry) -> ReferenceState:
+    cache = dense.init(geometry)
+    return ReferenceState(
+      cache=cache,
+      codes=jnp.zeros(cache.k.shape[:-1], jnp.uint16),
+      prompt=jnp.zeros(geometry.batch, jnp.int32),
+      segments=self.far.count(self.window, geometry.new),
+    )
+
+  def absorb(
+    self, state: ReferenceState, prompt: PromptLayer, *, layer: int | Array
+  ) -> ReferenceState:
+    codes = encode(prompt.keys, self.codebook.layer(layer))
+    return dataclasses.replace(
+      state,
+      cache=dense.write_prompt_cache(state.cache, prompt, layer),
+      codes=dense.write_prompt(state.codes, codes, layer),
+      prompt=prompt.lengths,
+    )
+
+  def attend(
+    self,
+    state: ReferenceState,
+    q: Float[Array, "B S H D"],
+    k: Float[Array, "B S K D"],
+    v: Float[Array, "B S K D"],
+    *,
+    positions: Int[Array, "B S"],
+    rope: Rope,
+    layer: int | Array,
+  ) -> tuple[Float[Array, "B S H D"], ReferenceState, Stats]:
+    state = self.append(state, k, v, positions=positions, rope=rope, layer=layer)
+    scores, chosen, near, far = self.select(state, q, positions=positions, rope=rope, layer=layer)
+    part, selected, stats = selection.read_exactly(
+      rotate(q, positions, rope),
+      state.cache.k[layer],
+      state.cache.v[layer],
+      chosen,
+      near,
+      positions + 1,
+    )
+    if self.tail == "centroid":
+      rest = self._tail(state, scores, far, far[:, :, None] & ~selected, layer)
+      whole = attention.merge([part, rest])
+      share = rest.total * jnp.exp(rest.peak - jnp.where(whole.total > 0, whole.peak, 0.0))
+      share = share / jnp.maximum(whole.total, jnp.finfo(jnp.float32).tiny)
+      part, stats = whole, dataclasses.replace(stats, tail=share)
+    return attention.finish(part).astype(q.dtype), state, stats
+
+  def append(
+    self,
+    state: ReferenceState,
+    k: Float[Array, "B S K D"],
+    v: Float[Array, "B S K D"],
+    *,
+    positions: Int[Array, "B S"],
+    rope: Rope,
+    layer: int | Array,
+  ) -> ReferenceState:
+    """Step 1: store new tokens, rotated and coded like any other."""
+    codes = encode(k, self.codebook.layer(layer))
+    cache = dense.DenseCache(
+      dense.append(state.cache.k, rotate(k, positions, rope), positions, layer),
+      dense.append(state.cache.v, v, positions, layer),
+    )
+    return dataclasses.replace(
+      state, cache=cache, codes=dense.append(state.codes, codes, positions, layer)
+    )
+
+  def select(
+    self,
+    state: ReferenceState,
+    q: Float[Array, "B S H D"],
+    *,
+    positions: Int[Array, "B S"],
+    rope: Rope,
+    layer: int | Array,
+  ) -> tuple[
+    Float[Array, "B S H T"], Bool[Array, "B S H T"], Bool[Array, "B S T"], Bool[Array, "B S T"]
+  ]:
+    """Steps 2 to 5: score, mask, choose per query head; the tokens are already appended.
+
+    Args:
+      q: before rotary embedding.
+
+    Returns:
+      Far scores (no ``1/sqrt(D)``), the tokens chosen, the tokens read in any case, and the
+      eligible tokens.
+    """
+    slots = state.codes.shape[3]
+    slot = jnp.broadcast_to(jnp.arange(slots, dtype=positions.dtype)[None], (q.shape[0], slots))
+    segment = self.far.segment_of(slot, state.prompt, self.window)
+    cells = segment[:, None] * self.codebook.size + state.codes[layer].astype(jnp.int32)
+    distance = self.far.distances(positions, state.prompt, self.window, state.segments)
+    moved = far_query(
+      jnp.broadcast_to(q[:, :, None], (*q.shape[:2], state.segments, *q.shape[2:])), distance, rope
+    )
+    table = score_table(moved, self.codebook.layer(layer).codewords)
+    group = q.shape[2] // cells.shape[1]
+    scores = jnp.take_along_axis(table, jnp.repeat(cells, group, axis=1)[:, None], axis=-1)
+    near, far = selection.near_and_far(positions, slots, sinks=self.sinks, window=self.window)
+    chosen = selection.choose(scores, cells, far, positions + 1, self.budget)
+    return scores, chosen, near, far
+
+  def _tail(
+    self,
+    state: ReferenceState,
+    scores: Float[Array, "B S H T"],
+    far: Bool[Array, "B S T"],
+    rest: Bool[Array, "B S K T"],
+    layer: int | Array,
+  ) -> attention.Part:
+    """The part of the far tokens in ``rest``: weight by cell, value by codeword.
+
+    The mean value of a codeword is over ALL far tokens with that code. Written on tokens: the
+    weights of a codeword are summed and spread evenly over its far tokens.
+    """
+    b, s, h, _ = scores.shape
+    kv_heads, size = state.codes.shape[2], self.codebook.size
+    codes = jnp.broadcast_to(
+      state.codes[layer].astype(jnp.int32)[:, None], (b, s, *state.codes.shape[2:])
+    )
+    group = h // kv_heads
+    rest = attention.per_query_head(rest, group)
+    scores = jnp.where(rest, scores * state.cache.k.shape[-1] ** -0.5, -jnp.inf)
+    peak = jnp.max(scores, axis=-1)
+    weight = jnp.exp(scores - jnp.where(jnp.isfinite(peak), peak, 0.0)[..., None])
+
+    def by_code(x: Array, code: Array) -> Array:
+      return jnp.zeros(size, jnp.float32).at[code].add(x)
+
+    per_head = jax.vmap(jax.vmap(jax.vmap(by_code)))
+    codes_of_heads = jnp.repeat(codes, group, axis=2)
+    mass = per_head(weight, codes_of_heads)
+    seen = jnp.broadcast_to(far[:, :, None].astype(jnp.float32), codes.shape)
+    members = jnp.repeat(per_head(seen, codes), group, axis=2)
+    share = jnp.take_along_axis(mass / jnp.maximum(members, 1.0), codes_of_heads, axis=-1)
+    share = jnp.where(far[:, :, None], share, 0.0)
+    values = state.cache.v[layer]
+    out = jnp.einsum(
+      "bskgt,bktd->bskgd",
+      share.reshape(b, s, kv_heads, group, -1),
+      values,
+      preferred_element_type=jnp.float32,
+      precision=jax.lax.Precision.HIGHEST,
+    )
+    return attention.Part(out.reshape(b, s, h, -1), peak, jnp.sum(weight, axis=-1))

@@ -1,0 +1,103 @@
+"""Choosing far tokens by score: the published order, and the union over a group.
+
+Shared by the reference, the oracle and the ablations; the fast path has to choose the same set.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from a2ats_jax import attention
+from a2ats_jax.budget import Budget
+from a2ats_jax.methods.base import Stats
+from a2ats_jax.methods.dense import attend_masked
+from a2ats_jax.typing import Array, Bool, Float, Int
+
+
+def near_and_far(
+  positions: Int[Array, "B S"], slots: int, *, sinks: int, window: int
+) -> tuple[Bool[Array, "B S T"], Bool[Array, "B S T"]]:
+  """Which slots each query reads in any case (sinks and window), and which are eligible.
+
+  By the query's position alone, never by when a token was written: a token leaves the window when
+  the decode position moves on. Slots after the query are in neither.
+  """
+  slot = jnp.arange(slots, dtype=positions.dtype)[None, None, :]
+  distance = positions[:, :, None] - slot
+  keep = (slot < sinks) | (distance < window)
+  return keep & (distance >= 0), ~keep
+
+
+def choose(
+  scores: Float[Array, "B S H T"],
+  cells: Int[Array, "B K T"],
+  eligible: Bool[Array, "B S T"],
+  lengths: Int[Array, "B S"],
+  budget: Budget,
+) -> Bool[Array, "B S H T"]:
+  """Per query head, the eligible tokens the budget grants, by (score down, cell up, index up).
+
+  All of them when fewer are eligible. Tokens of one cell must carry the same score.
+
+  Args:
+    scores: far score of every token.
+    cells: the cell of every token; all zero where ties go by index alone.
+    lengths: tokens cached up to each query, with its own.
+  """
+  b, s, h, t = scores.shape
+  granted = budget.resolve(t)
+  limit = int(granted.max())
+  if limit == 0:
+    return jnp.zeros(scores.shape, bool)
+  count = jnp.asarray(granted)[lengths]
+  kv_heads = cells.shape[1]
+  scores = jnp.where(eligible[:, :, None], scores, -jnp.inf)
+  # Tokens in (cell, index) order: from here on ties go to the lower place.
+  order = jnp.argsort(cells, axis=-1, stable=True)
+  place = jnp.argsort(order, axis=-1)
+  ranked = jnp.take_along_axis(
+    scores.reshape(b, s, kv_heads, h // kv_heads, t), order[:, None, :, None], axis=-1
+  )
+  best = jax.lax.top_k(ranked, limit)[0]
+  last = jnp.take_along_axis(
+    best, jnp.maximum(count - 1, 0)[:, :, None, None, None], axis=-1
+  )  # the score of the last token granted
+  better = ranked > last
+  tied = ranked == last
+  room = count[:, :, None, None, None] - jnp.sum(better, axis=-1, keepdims=True)
+  chosen = better | (tied & (jnp.cumsum(tied, axis=-1) <= room))
+  chosen &= (ranked > -jnp.inf) & (count > 0)[:, :, None, None, None]
+  chosen = jnp.take_along_axis(chosen, place[:, None, :, None], axis=-1)
+  return chosen.reshape(b, s, h, t)
+
+
+def union(chosen: Bool[Array, "B S H T"], kv_heads: int) -> Bool[Array, "B S K T"]:
+  """Tokens that any query head of a KV head's group chose."""
+  b, s, h, t = chosen.shape
+  return jnp.any(chosen.reshape(b, s, kv_heads, h // kv_heads, t), axis=3)
+
+
+def read_exactly(
+  q: Float[Array, "B S H D"],
+  keys: Float[Array, "B K T D"],
+  values: Float[Array, "B K T D"],
+  chosen: Bool[Array, "B S H T"],
+  near: Bool[Array, "B S T"],
+  lengths: Int[Array, "B S"],
+) -> tuple[attention.Part, Bool[Array, "B S K T"], Stats]:
+  """Exact attention over the union of a group's choices and what is read in any case.
+
+  Args:
+    q, keys: rotated.
+
+  Returns:
+    The part, the far tokens chosen per KV head, and the statistics with no tail.
+  """
+  selected = union(chosen, keys.shape[1])
+  read = selected | near[:, :, None]
+  stats = Stats(
+    length=lengths,
+    selected=jnp.sum(selected, axis=-1, dtype=jnp.int32),
+    read=jnp.sum(read, axis=-1, dtype=jnp.int32),
+    tail=jnp.zeros(q.shape[:3]),
+  )
+  return attend_masked(q, keys, values, read), selected, stats

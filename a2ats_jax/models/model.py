@@ -1,0 +1,64 @@
+"""A model that is ready to run: decoder, tokenizer and identity, from any of the formats."""
+
+import dataclasses
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+
+from a2ats_jax.models.checkpoint import Checkpoint, read_checkpoint
+from a2ats_jax.models.config import ModelConfig
+from a2ats_jax.models.decoder import Decoder, from_tensors
+from a2ats_jax.models.tokenizer import Tokenizer
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Model:
+  """Weights and what is needed to talk to them.
+
+  Attributes:
+    fingerprint: sha256 over the configuration and all query and key projections: what a codebook
+      depends on. Equal for the same weights read from either format.
+    source: where it was read from, for records.
+  """
+
+  config: ModelConfig
+  decoder: Decoder
+  tokenizer: Tokenizer
+  fingerprint: str
+  source: str
+
+
+def fingerprint_of(config: ModelConfig, decoder: Decoder) -> str:
+  """Identity of a model as far as queries and keys go."""
+  digest = hashlib.sha256(json.dumps(dataclasses.asdict(config), sort_keys=True).encode())
+  for linear in (decoder.layers.q, decoder.layers.k):
+    for param in (linear.kernel, linear.bias):
+      if param is not None:
+        digest.update(np.asarray(param[...], np.float32).tobytes())
+  return digest.hexdigest()
+
+
+def from_checkpoint(checkpoint: Checkpoint) -> Model:
+  """Build the decoder of a checkpoint that was read."""
+  decoder = from_tensors(checkpoint.config, checkpoint.tensors)
+  return Model(
+    config=checkpoint.config,
+    decoder=decoder,
+    tokenizer=checkpoint.tokenizer,
+    fingerprint=fingerprint_of(checkpoint.config, decoder),
+    source=checkpoint.source,
+  )
+
+
+def load_model(where: str | Path, cache: Path | None = None) -> Model:
+  """Load by known name, GGUF file, Hugging Face directory or (extra ``hub``) hub id.
+
+  Args:
+    cache: folder for downloaded models; the user's cache directory by default.
+
+  Raises:
+    UserError: nothing there, damaged, or of an architecture or tensor type that is not supported.
+  """
+  return from_checkpoint(read_checkpoint(where, cache=cache))
