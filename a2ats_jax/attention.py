@@ -91,21 +91,22 @@ def per_query_head(mask: Bool[Array, "B S K T"], group: int) -> Bool[Array, "B S
 
 def merge(parts: Sequence[Part]) -> Part:
   """One part over the union of disjoint parts."""
-  peak = parts[0].peak
-  for part in parts[1:]:
-    peak = jnp.maximum(peak, part.peak)
+  peak = jnp.max(jnp.stack([part.peak for part in parts]), axis=0)
   base = jnp.where(jnp.isfinite(peak), peak, 0.0)
-  scales = [jnp.exp(part.peak - base) for part in parts]
-  out = sum(part.out * scale[..., None] for part, scale in zip(parts, scales))
-  total = sum(part.total * scale for part, scale in zip(parts, scales))
+  out, total = jnp.zeros_like(parts[0].out), jnp.zeros_like(parts[0].total)
+  for part in parts:
+    scale = jnp.exp(part.peak - base)
+    out, total = out + part.out * scale[..., None], total + part.total * scale
   return Part(out, peak, total)
 
 
 def finish(part: Part) -> Float[Array, "B S H D"]:
   """The normalised output; zero where no key was attended."""
-  return jnp.where(part.total > 0, 1.0, 0.0)[..., None] * part.out / jnp.maximum(
-    part.total, jnp.finfo(jnp.float32).tiny
-  )[..., None]
+  return (
+    jnp.where(part.total > 0, 1.0, 0.0)[..., None]
+    * part.out
+    / jnp.maximum(part.total, jnp.finfo(jnp.float32).tiny)[..., None]
+  )
 
 
 def causal_chunk(

@@ -56,9 +56,9 @@ class Budget:
     the way Python does: float32 arithmetic on the device is off by one at exact multiples.
     """
     lengths = np.arange(longest + 1)
-    if self.tokens is not None:
-      return np.minimum(lengths, self.tokens).astype(np.int32)
-    return (self.ratio * lengths.astype(np.float64)).astype(np.int32)
+    if self.ratio is not None:
+      return (self.ratio * lengths.astype(np.float64)).astype(np.int32)
+    return np.minimum(lengths, self.tokens or 0).astype(np.int32)
 
   def __str__(self) -> str:
     return str(self.tokens) if self.tokens is not None else f"{self.ratio:g}"

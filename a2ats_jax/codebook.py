@@ -96,13 +96,13 @@ def encode(keys: Float[Array, "B T K D"], book: Codebook) -> UInt16[Array, "B T 
     )
   offset = 0.5 * jnp.sum(jnp.square(book.whitened), axis=-1)
 
-  def block(x: Array) -> Array:
-    z = jnp.einsum("nkd,kde->nke", x.astype(jnp.float32), book.whitener, precision=_HIGHEST)
-    score = jnp.einsum("nke,kce->nkc", z, book.whitened, precision=_HIGHEST) - offset[None]
+  def nearest(key: Array) -> Array:
+    z = jnp.einsum("kd,kde->ke", key.astype(jnp.float32), book.whitener, precision=_HIGHEST)
+    score = jnp.einsum("ke,kce->kc", z, book.whitened, precision=_HIGHEST) - offset
     return jnp.argmax(score, axis=-1).astype(jnp.uint16)
 
   flat = keys.reshape(b * t, kv_heads, dim)
-  return jax.lax.map(block, flat, batch_size=min(_BLOCK, b * t)).reshape(b, t, kv_heads)
+  return jax.lax.map(nearest, flat, batch_size=min(_BLOCK, b * t)).reshape(b, t, kv_heads)
 
 
 def score_table(
@@ -202,7 +202,8 @@ def load_codebooks(
     header = json.loads((directory / HEADER).read_text())
     data = (directory / TENSORS).read_bytes()
   except FileNotFoundError as e:
-    raise UserError(f"{where}: expected a trained codebook, {Path(e.filename).name} is missing") from e
+    name = Path(e.filename).name
+    raise UserError(f"{where}: expected a trained codebook, {name} is missing") from e
   except ValueError as e:
     raise UserError(f"{where}: {HEADER} is not readable JSON") from e
   if not isinstance(header, dict) or header.get("format") != FORMAT:

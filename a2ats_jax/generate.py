@@ -83,7 +83,7 @@ def _prefill_layer(
 ) -> tuple[Float[Array, "B T E"], State]:
   """One layer over a whole prompt: exact attention by chunks, then the method absorbs it."""
   block, rope = decoder.layer(layer), make_rope(decoder.config.rope)
-  b, t, e = x.shape
+  b, t, _ = x.shape
   cache = jnp.zeros((b, decoder.config.kv_heads, t, decoder.config.head_dim), x.dtype)
 
   def step(carry, start):
@@ -173,9 +173,7 @@ def decode_step(
     x, state = carry
     block, layer = scanned
     q, k, v = block.project(x)
-    out, state, stats = method.attend(
-      state, q, k, v, positions=positions, rope=rope, layer=layer
-    )
+    out, state, stats = method.attend(state, q, k, v, positions=positions, rope=rope, layer=layer)
     return (block.finish(x, out), state), stats
 
   layers = jnp.arange(decoder.config.layers, dtype=jnp.int32)

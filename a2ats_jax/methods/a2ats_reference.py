@@ -8,8 +8,9 @@ exact attention with ordinary rotary embedding over them, the sinks and the wind
 Two extensions, both off by default: far positions by segment (:class:`a2ats_jax.far.FarPosition`)
 and ``tail="centroid"``, which estimates what is not read from the codewords.
 
-Differs from the authors' code: k larger than the number of eligible tokens selects just those (theirs
-would select sinks and window again), ties are settled (score, cell, index), any batch size.
+Differs from the authors' code: where the budget grants more tokens than are eligible just those are
+chosen (theirs would choose sinks and window again), ties go by (score, cell, index), and rows of a
+batch may differ in length.
 """
 
 import dataclasses

@@ -89,7 +89,7 @@ class Stats:
 
 
 class Method(Protocol):
-  """A way to keep and read a KV cache. Implementations are pytrees: options static, arrays leaves."""
+  """A way to keep and read a KV cache; a pytree, its options static and its arrays leaves."""
 
   @property
   def name(self) -> str:

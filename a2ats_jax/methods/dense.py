@@ -1,4 +1,4 @@
-"""A cache with a slot for every token, on the device: what full attention and the references keep."""
+"""A cache with a slot for every token: what full attention and the references keep."""
 
 import dataclasses
 from functools import partial

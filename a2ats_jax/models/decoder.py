@@ -116,23 +116,20 @@ class Decoder(nnx.Module):
 
 
 _LAYER_NAMES = {
-  ("attention_norm", "scale"): "input_layernorm.weight",
-  ("mlp_norm", "scale"): "post_attention_layernorm.weight",
-  ("q_norm", "scale"): "self_attn.q_norm.weight",
-  ("k_norm", "scale"): "self_attn.k_norm.weight",
+  "attention_norm.scale": "input_layernorm.weight",
+  "mlp_norm.scale": "post_attention_layernorm.weight",
+  "q_norm.scale": "self_attn.q_norm.weight",
+  "k_norm.scale": "self_attn.k_norm.weight",
 } | {
-  (ours, kind): f"{block}.{theirs}_proj.{'weight' if kind == 'kernel' else 'bias'}"
-  for block, names in (
-    ("self_attn", {"q": "q", "k": "k", "v": "v", "o": "o"}),
-    ("mlp", {"gate": "gate", "up": "up", "down": "down"}),
-  )
-  for ours, theirs in names.items()
-  for kind in ("kernel", "bias")
+  f"{name}.{ours}": f"{block}.{name}_proj.{theirs}"
+  for block, names in (("self_attn", "qkvo"), ("mlp", ("gate", "up", "down")))
+  for name in names
+  for ours, theirs in (("kernel", "weight"), ("bias", "bias"))
 }
 _TOP_NAMES = {
-  ("embedding",): "model.embed_tokens.weight",
-  ("norm", "scale"): "model.norm.weight",
-  ("head",): "lm_head.weight",
+  "embedding": "model.embed_tokens.weight",
+  "norm.scale": "model.norm.weight",
+  "head": "lm_head.weight",
 }
 
 
@@ -146,14 +143,15 @@ def from_tensors(config: ModelConfig, tensors: Mapping[str, np.ndarray]) -> Deco
   graph, abstract = nnx.split(decoder)
   flat = dict(nnx.to_flat_state(abstract))
   for path, leaf in flat.items():
+    ours = ".".join(map(str, path))
     if path[0] == "layers":
-      name = _LAYER_NAMES[path[1], path[2]]
+      name = _LAYER_NAMES[ours.removeprefix("layers.")]
       stacked = np.empty(leaf.shape, np.float32)
       for i in range(config.layers):
         tensor = tensors[f"model.layers.{i}.{name}"]
-        stacked[i] = tensor.T if path[2] == "kernel" else tensor
+        stacked[i] = tensor.T if path[-1] == "kernel" else tensor
       value = stacked
     else:
-      value = np.asarray(tensors[_TOP_NAMES[path]], np.float32)
+      value = np.asarray(tensors[_TOP_NAMES[ours]], np.float32)
     flat[path] = leaf.replace(jnp.asarray(value))
   return nnx.merge(graph, nnx.from_flat_state(flat))

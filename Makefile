@@ -1,0 +1,31 @@
+# Two commands: `make demo` runs the main job on real input, `make test` runs the tests.
+# Both build .venv from the python3 found here and install what they need into it.
+
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+
+.PHONY: demo test check accuracy
+
+demo: $(READY)
+	$(BIN)/a2ats demo
+
+test: $(READY)
+	$(BIN)/python -m pytest
+
+# Lint, format and types, as CI runs them.
+check: $(READY)
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/pyrefly check
+
+# The tables of docs/accuracy.md (hours on two cores; resumes where it was stopped).
+accuracy: $(READY)
+	test -f runs/novels.txt || { mkdir -p runs && $(BIN)/python docs/novels.py runs/novels.txt; }
+	$(BIN)/python docs/accuracy.py runs/accuracy --novels runs/novels.txt
+
+$(READY): pyproject.toml
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if v >= (3, 12) else "python3 here is %d.%d: expected 3.12 or newer, set PYTHON=..." % v)'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	@touch $@
