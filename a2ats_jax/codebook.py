@@ -95,14 +95,23 @@ def encode(keys: Float[Array, "B T K D"], book: Codebook) -> UInt16[Array, "B T 
       f"encode: keys have K={kv_heads} and D={dim}, the codebook {book.codewords.shape}"
     )
   offset = 0.5 * jnp.sum(jnp.square(book.whitened), axis=-1)
+  size = book.size
 
-  def nearest(key: Array) -> Array:
-    z = jnp.einsum("kd,kde->ke", key.astype(jnp.float32), book.whitener, precision=_HIGHEST)
-    score = jnp.einsum("ke,kce->kc", z, book.whitened, precision=_HIGHEST) - offset
-    return jnp.argmax(score, axis=-1).astype(jnp.uint16)
+  def nearest(block: Array) -> Array:
+    z = jnp.einsum("nkd,kde->nke", block.astype(jnp.float32), book.whitener, precision=_HIGHEST)
+    score = jnp.einsum("nke,kce->knc", z, book.whitened, precision=_HIGHEST) - offset[:, None]
+    # The first maximum, as two plain reductions: twice as fast on the CPU as argmax.
+    best = score == jnp.max(score, axis=-1, keepdims=True)
+    index = jnp.arange(size, dtype=jnp.int32)[None, None]
+    return jnp.min(jnp.where(best, index, size - 1), axis=-1).T.astype(jnp.uint16)
 
   flat = keys.reshape(b * t, kv_heads, dim)
-  return jax.lax.map(nearest, flat, batch_size=min(_BLOCK, b * t)).reshape(b, t, kv_heads)
+  whole = b * t // _BLOCK * _BLOCK
+  codes = jax.lax.map(nearest, flat[:whole].reshape(-1, _BLOCK, kv_heads, dim))
+  codes = codes.reshape(whole, kv_heads)
+  if whole < b * t:
+    codes = jnp.concatenate([codes, nearest(flat[whole:])])
+  return codes.reshape(b, t, kv_heads)
 
 
 def score_table(

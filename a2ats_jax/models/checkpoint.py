@@ -6,6 +6,7 @@ Weights carry Hugging Face names and are ``(out, in)`` float32 arrays whatever f
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -95,6 +96,9 @@ class StoredTensors(Mapping[str, np.ndarray]):
       raise UserError(f"{self._source}: tensor {name!r} holds values that are not finite")
     return array
 
+  def __contains__(self, name: object) -> bool:
+    return name in self._stored  # the inherited test would read the tensor
+
   def __iter__(self) -> Iterator[str]:
     return iter(self._stored)
 
@@ -114,7 +118,7 @@ class Checkpoint:
   """
 
   config: ModelConfig
-  tensors: Mapping[str, np.ndarray]
+  tensors: Mapping[str, Any]  # np.ndarray; saying so makes run-time type checks read a weight
   tokenizer: Tokenizer
   source: str
 
@@ -126,7 +130,11 @@ class Checkpoint:
       )
 
 
-def read_checkpoint(where: str | Path, cache: Path | None = None) -> Checkpoint:
+def read_checkpoint(
+  where: str | Path,
+  cache: Path | None = None,
+  progress: Callable[[str], None] | None = None,
+) -> Checkpoint:
   """Opens a model by whatever it is called.
 
   Args:
@@ -135,6 +143,7 @@ def read_checkpoint(where: str | Path, cache: Path | None = None) -> Checkpoint:
       ``org/name`` of a model on the Hugging Face hub.
     cache: where fetched models live; the default is :func:`a2ats_jax.models.fetch.default_cache`.
       Hub models use the hub's own cache unless it is given.
+    progress: called with a line of text before a download of a named model.
   Raises:
     UserError: nothing of that name, or what is there is damaged or not supported.
   """
@@ -142,7 +151,7 @@ def read_checkpoint(where: str | Path, cache: Path | None = None) -> Checkpoint:
   from a2ats_jax.models import fetch, gguf_file, hf_dir
 
   if str(where) in fetch.MODELS:
-    return gguf_file.read_gguf(fetch.fetch(str(where), cache))
+    return gguf_file.read_gguf(fetch.fetch(str(where), cache, progress))
   path = Path(where).expanduser()
   if path.is_dir():
     return hf_dir.read_hf_dir(path)

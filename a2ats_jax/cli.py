@@ -1,0 +1,454 @@
+"""The ``a2ats`` command: a thin layer over the applications.
+
+Everything that is heavy to import is imported by the command that needs it, so that ``--help`` and
+a mistyped option answer at once.
+"""
+
+import dataclasses
+import json
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import tyro
+
+from a2ats_jax.errors import UserError
+
+if TYPE_CHECKING:
+  from a2ats_jax.codebook import Codebook
+  from a2ats_jax.models.model import Model
+
+DEFAULT_MODEL = "smollm2-135m-instruct"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelArgs:
+  """Which model to run."""
+
+  model: str = DEFAULT_MODEL
+  """A known name, a .gguf file, a Hugging Face directory, or (extra `hub`) a hub id."""
+  cache: Path | None = None
+  """Folder for downloaded models. Default: a2ats_jax in the user's cache directory."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Fetch(ModelArgs):
+  """Download a known model into the cache and check its hash."""
+
+  def run(self) -> None:
+    from a2ats_jax.models.fetch import fetch
+
+    print(fetch(self.model, cache=self.cache, progress=_note))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Train(ModelArgs):
+  """Train codebooks for a model on calibration text; a killed run goes on where it stopped."""
+
+  out: Path
+  """Directory of the run: codebooks, config.yaml, losses, plot and checkpoints."""
+  codewords: int = 1024
+  """Codewords of every codebook (one per layer and KV head), up to 65536."""
+  tokens: int = 57344
+  """Calibration tokens at most."""
+  identifiers: float = 0.25
+  """Share of the calibration tokens that are random UUIDs, 0 to 1."""
+  text: tuple[Path, ...] = ()
+  """UTF-8 files to calibrate on. Default: half of the reference text that CPython ships."""
+  document_tokens: int = 2048
+  """Longest calibration document in tokens; positions start from 0 in each."""
+  metric: Literal["plain", "query"] = "plain"
+  """Distance between keys: plain, or weighted by the queries (the published one)."""
+  distances: str = "2048"
+  """Distances (tokens) at which the query metric is taken, averaged; 2048 is the published one."""
+  shrinkage: float = 0.0
+  """Share of the mean eigenvalue added to the query metric, 0 or more."""
+  steps: int = 200
+  """Optimiser (Adam) steps before the Lloyd steps; 0 leaves plain Lloyd."""
+  learning_rate: float = 0.05
+  """Of Adam at the start, in standard deviations of a key's coordinate."""
+  batch: int = 2048
+  """Tokens of each head in an optimiser step."""
+  lloyd_steps: int = 10
+  """Full passes at most after that."""
+  seed: int = 0
+  """Of every random draw."""
+  json: bool = False
+  """Print the run's record as one JSON line on stdout."""
+
+  def run(self) -> None:
+    from train_codebooks.metric import Metric
+    from train_codebooks.options import TrainOptions
+    from train_codebooks.train import train
+
+    options = TrainOptions(
+      codewords=self.codewords,
+      tokens=self.tokens,
+      identifiers=self.identifiers,
+      text_files=tuple(str(path) for path in self.text),
+      document_tokens=self.document_tokens,
+      metric=Metric(
+        kind=self.metric,
+        distances=_numbers("distances", self.distances),
+        shrinkage=self.shrinkage,
+      ),
+      steps=self.steps,
+      learning_rate=self.learning_rate,
+      batch=self.batch,
+      lloyd_steps=self.lloyd_steps,
+      seed=self.seed,
+    )
+    model = _load(self)
+    with Bars() as bars:
+      train(model, options, self.out, progress=bars)
+    record = json.loads((self.out / "codebook.json").read_text())
+    if self.json:
+      print(json.dumps(record))
+    else:
+      print(f"codebooks of {record['codewords']} codewords in {self.out}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MethodArgs(ModelArgs):
+  """A model and the codebooks its methods may need."""
+
+  codebook: Path | None = None
+  """Directory that `a2ats train` wrote; needed by the a2ats methods."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Generate(MethodArgs):
+  """Continue a prompt greedily and stream the text."""
+
+  prompt: str | None = None
+  """The prompt itself."""
+  prompt_file: Path | None = None
+  """A UTF-8 file with the prompt."""
+  method: str = "full"
+  """A KV method, such as full, a2ats or a2ats-plus:far=segments(16)."""
+  budget: str = "0.03"
+  """Far tokens a query head reads: 0.03 is a share of the context, 2048 a number of tokens."""
+  new: int = 128
+  """Tokens to generate at most."""
+  raw: bool = False
+  """Take the prompt as it is instead of as a chat message."""
+  json: bool = False
+  """Print one JSON object at the end instead of streaming."""
+
+  def run(self) -> None:
+    from a2ats_jax.budget import Budget
+    from a2ats_jax.methods import registry
+
+    if (self.prompt is None) == (self.prompt_file is None):
+      raise UserError("prompt: give either --prompt or --prompt-file")
+    if self.new < 1:
+      raise UserError(f"new: expected at least 1 token, got {self.new}")
+    text = self.prompt if self.prompt_file is None else _read(self.prompt_file)
+    if not text:
+      raise UserError("prompt: is empty, expected some text")
+    spec, budget = registry.parse_method(self.method), Budget.parse(self.budget)
+    model = _load(self)
+    method = registry.build(spec, budget=budget, codebook=_codebook(self, model))
+    _stream(self, model, method, text)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Benchmark(MethodArgs):
+  """What every benchmark takes."""
+
+  methods: str = "full,oracle,a2ats,a2ats-plus"
+  """KV methods, comma-separated, with options as in a2ats-plus:far=segments(16). Full attention
+  and the oracle are always run beside them."""
+  T: str = "4096"
+  """Prompt lengths in tokens, comma-separated."""
+  budget: str = "0.03,0.01"
+  """Far tokens a query head reads: below 1 (and 1 itself) a share of the context, from 2 on a
+  number of tokens; comma-separated."""
+  limit: int = 4
+  """Prompts of each kind and length."""
+  batch: int = 1
+  """Prompts run at once."""
+  seed: int = 0
+  """Of everything that is drawn."""
+  out: Path | None = None
+  """Directory for config.yaml, metrics.json, predictions.jsonl and plots; a killed run goes on."""
+  json: bool = False
+  """Print the result rows as JSON lines on stdout instead of a table."""
+  text: tuple[Path, ...] = ()
+  """UTF-8 files of prose, each its own kind. Default: held-out reference text of CPython."""
+
+  def shared(self) -> dict[str, Any]:
+    """The options that all benchmarks share, parsed."""
+    from a2ats_jax.budget import Budget
+    from eval.options import parse_methods
+
+    return {
+      "methods": parse_methods(self.methods),
+      "budgets": tuple(Budget.parse(part) for part in self.budget.split(",")),
+      "T": _numbers("T", self.T),
+      "limit": self.limit,
+      "batch": self.batch,
+      "seed": self.seed,
+      "out": self.out,
+    }
+
+  def report(self, rows: Sequence[dict[str, Any]]) -> None:
+    """Rows as a table on stdout, or as JSON lines."""
+    from eval.report import print_table
+
+    if self.json:
+      for row in rows:
+        print(json.dumps(row))
+    else:
+      print_table(rows)
+      if self.out is not None:
+        print(f"results in {self.out}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Fidelity(Benchmark):
+  """How far next-token distributions are from full attention's on held-out text."""
+
+  new: int = 32
+  """Tokens fed after each prompt."""
+
+  def run(self) -> None:
+    from eval import fidelity, texts
+
+    options = fidelity.FidelityOptions(**self.shared(), new=self.new)
+    kinds, model = texts.gather(self.text), _load(self)
+    with Bars() as bars:
+      rows = fidelity.run(
+        model, options, kinds, codebook=_codebook(self, model), progress=bars
+      )
+    self.report(rows)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Recall(Benchmark):
+  """What share of true attention and of the true top tokens a selection catches, by layer and head."""
+
+  new: int = 32
+  """Tokens fed after each prompt."""
+
+  def run(self) -> None:
+    from eval import recall, texts
+
+    options = recall.RecallOptions(**self.shared(), new=self.new)
+    kinds, model = texts.gather(self.text), _load(self)
+    with Bars() as bars:
+      rows = recall.run(model, options, kinds, codebook=_codebook(self, model), progress=bars)
+    self.report(rows)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Needle(Benchmark):
+  """RULER's single needle in noise and in prose at several depths: is the number still found?"""
+
+  new: int = 24
+  """Tokens generated for each answer at most."""
+
+  def run(self) -> None:
+    from eval import needle, texts
+
+    options = needle.NeedleOptions(**self.shared(), new=self.new)
+    kinds, model = texts.gather(self.text), _load(self)
+    with Bars() as bars:
+      rows = needle.run(model, options, kinds, codebook=_codebook(self, model), progress=bars)
+    self.report(rows)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Eval:
+  """Measure KV methods against full attention and the top-k oracle in one run."""
+
+  benchmark: (
+    Annotated[Fidelity, tyro.conf.subcommand("fidelity")]
+    | Annotated[Recall, tyro.conf.subcommand("recall")]
+    | Annotated[Needle, tyro.conf.subcommand("needle")]
+  )
+
+  def run(self) -> None:
+    self.benchmark.run()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Demo:
+  """Fetch a model, train small codebooks, and answer a 4K-token prompt with and without A2ATS."""
+
+  cache: Path | None = None
+  """Folder for downloaded models. Default: a2ats_jax in the user's cache directory."""
+  out: Path = Path("runs/demo")
+  """Where codebooks, results and the plot go; a second run reuses what is there."""
+
+  def run(self) -> None:
+    from eval.demo import demo
+
+    with Bars() as bars:
+      demo(self.out, cache=self.cache, progress=bars, note=_note)
+
+
+Command = (
+  Annotated[Fetch, tyro.conf.subcommand("fetch")]
+  | Annotated[Train, tyro.conf.subcommand("train")]
+  | Annotated[Generate, tyro.conf.subcommand("generate")]
+  | Annotated[Eval, tyro.conf.subcommand("eval")]
+  | Annotated[Demo, tyro.conf.subcommand("demo")]
+)
+
+
+class Bars:
+  """Progress bars on stderr, one for each phase of a run."""
+
+  def __init__(self) -> None:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+    from rich.progress import TimeElapsedColumn, TimeRemainingColumn
+
+    self._progress = Progress(
+      TextColumn("{task.description:>9}"),
+      BarColumn(bar_width=24),
+      MofNCompleteColumn(),
+      TimeElapsedColumn(),
+      TimeRemainingColumn(),
+      TextColumn("{task.fields[figures]}"),
+      console=Console(stderr=True),
+    )
+    self._tasks: dict[str, Any] = {}
+
+  def __enter__(self) -> "Bars":
+    self._progress.start()
+    return self
+
+  def __exit__(self, *_: object) -> None:
+    self._progress.stop()
+
+  def __call__(self, phase: str, done: int, total: int, /, **figures: float) -> None:
+    shown = "  ".join(f"{name} {value:.4g}" for name, value in figures.items())
+    task = self._tasks.get(phase)
+    if task is not None and done < self._progress.tasks[task].completed:
+      self._progress.reset(task, total=total)  # a phase that comes again: the next prompt
+    if task is None:
+      task = self._tasks[phase] = self._progress.add_task(phase, total=total, figures="")
+    self._progress.update(task, completed=done, total=total, figures=shown)
+
+
+def _note(line: str) -> None:
+  print(line, file=sys.stderr)
+
+
+def _numbers(name: str, text: str) -> tuple[int, ...]:
+  try:
+    return tuple(int(part) for part in text.split(","))
+  except ValueError:
+    raise UserError(f"{name}: expected whole numbers with commas between, got {text!r}") from None
+
+
+def _read(path: Path) -> str:
+  from eval.texts import read_text
+
+  return read_text(path).text
+
+
+def _load(args: ModelArgs) -> "Model":
+  from a2ats_jax.models.model import load_model
+
+  return load_model(args.model, cache=args.cache)
+
+
+def _codebook(args: MethodArgs, model: "Model") -> "Codebook | None":
+  from a2ats_jax.codebook import load_codebooks
+
+  if args.codebook is None:
+    return None
+  book, _ = load_codebooks(
+    args.codebook,
+    fingerprint=model.fingerprint,
+    layers=model.config.layers,
+    kv_heads=model.config.kv_heads,
+    rope=model.config.rope,
+  )
+  return book
+
+
+def _stream(args: Generate, model: "Model", method: Any, text: str) -> None:
+  from a2ats_jax.generate import greedy
+
+  tokenizer = model.tokenizer
+  if not args.raw and tokenizer.has_chat:
+    text = tokenizer.render_chat([{"role": "user", "content": text}])
+    ids = tokenizer.encode(text, special=False)
+  else:
+    ids = tokenizer.encode(text, special=True)
+  stream, pieces, read, started = tokenizer.stream(), [], [], time.perf_counter()
+
+  def emit(piece: str) -> None:
+    pieces.append(piece)
+    if not args.json:
+      print(piece, end="", flush=True)
+
+  first, made = 0.0, []
+  with Bars() as bars:
+    progress: Callable[[int, int], None] = lambda done, total: bars("prefill", done, total)
+    tokens = greedy(
+      model.decoder, method, [ids], new=args.new, stop=tokenizer.eos_ids, progress=progress
+    )
+    token, stats = next(tokens)
+    first = time.perf_counter() - started
+  while True:
+    if int(token[0]) in tokenizer.eos_ids:
+      break
+    made.append(int(token[0]))
+    emit(stream.push(made[-1]))
+    try:
+      token, stats = next(tokens)
+    except StopIteration:
+      break
+    read.append(float((stats.read / stats.length[..., None]).mean()))
+  emit(stream.finish())
+  seconds = time.perf_counter() - started - first
+  record = {
+    "text": "".join(pieces),
+    "prompt_tokens": len(ids),
+    "new_tokens": len(made),
+    "method": args.method,
+    "read": sum(read) / len(read) if read else None,
+    "prefill_s": first,
+    "decode_s": seconds,
+  }
+  if args.json:
+    print(json.dumps(record))
+  else:
+    print()
+    share = f", {record['read']:.1%} of the cache read a step" if read else ""
+    _note(
+      f"{len(ids)} prompt tokens in {first:.1f} s, {len(made)} new ones in {seconds:.1f} s{share}"
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+  """Entry point. A user's mistake ends with one line on stderr and exit code 2."""
+  command = tyro.cli(
+    Command,  # pyrefly: ignore[bad-argument-type]  a union of annotated commands, as tyro documents
+    prog="a2ats",
+    description="A2ATS and the KV cache methods it is compared with, for Flax language models.",
+    args=argv,
+    config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes, tyro.conf.FlagCreatePairsOff),
+  )
+  try:
+    command.run()
+  except UserError as e:
+    _fail(str(e))
+  except OSError as e:
+    name = f" {e.filename}" if e.filename else ""
+    _fail(f"{e.strerror or e}{name}")
+  except KeyboardInterrupt:
+    _note("a2ats: stopped; the same command goes on from here")
+    raise SystemExit(130) from None
+
+
+def _fail(message: str) -> None:
+  _note("a2ats: " + " ".join(message.split()))
+  raise SystemExit(2)
