@@ -65,7 +65,6 @@ def from_logits(
     values: one per token and KV head.
     mask: tokens that count; the head axis may be 1.
   """
-  b, s, h, t = scores.shape
   scores = jnp.where(mask, scores, -jnp.inf)
   peak = jnp.max(scores, axis=-1)
   base = jnp.where(jnp.isfinite(peak), peak, 0.0)
@@ -73,15 +72,26 @@ def from_logits(
   total = jnp.sum(p, axis=-1)
   if weight is not None:
     p = p * weight
-  kv_heads = values.shape[1]
+  return Part(weigh(p, values), peak, total)
+
+
+def weigh(p: Float[Array, "B S H T"], values: Float[Array, "B K T D"]) -> Float[Array, "B S H D"]:
+  """Values summed with weights, in float32; the weights take the values' dtype first.
+
+  Summed by blocks of tokens and then over blocks: one long contraction is ten times slower in
+  XLA's CPU backend (docs/performance.md).
+  """
+  b, s, h, t = p.shape
+  _, kv_heads, _, d = values.shape
+  block = next((n for n in (512, 256, 128) if t % n == 0), t)
   out = jnp.einsum(
-    "bskgt,bktd->bskgd",
-    p.reshape(b, s, kv_heads, h // kv_heads, t),
-    values,
+    "bskgnt,bkntd->bknsgd",
+    p.reshape(b, s, kv_heads, h // kv_heads, t // block, block).astype(values.dtype),
+    values.reshape(b, kv_heads, t // block, block, d),
     preferred_element_type=jnp.float32,
     precision=_HIGHEST,
   )
-  return Part(out.reshape(b, s, h, values.shape[-1]), peak, total)
+  return jnp.swapaxes(jnp.sum(out, axis=2), 1, 2).reshape(b, s, h, d)
 
 
 def per_query_head(mask: Bool[Array, "B S K T"], group: int) -> Bool[Array, "B S H T"]:

@@ -8,7 +8,8 @@ import dataclasses
 import json
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -196,13 +197,15 @@ class Benchmark(MethodArgs):
 
   def report(self, rows: Sequence[dict[str, Any]]) -> None:
     """Rows as a table on stdout, or as JSON lines."""
-    from eval.report import print_table
+    from rich.console import Console
+
+    from eval import tables
 
     if self.json:
-      for row in rows:
-        print(json.dumps(row))
+      for line in tables.json_lines(rows):
+        print(line)
     else:
-      print_table(rows)
+      Console().print(tables.table(rows))
       if self.out is not None:
         print(f"results in {self.out}")
 
@@ -220,15 +223,13 @@ class Fidelity(Benchmark):
     options = fidelity.FidelityOptions(**self.shared(), new=self.new)
     kinds, model = texts.gather(self.text), _load(self)
     with Bars() as bars:
-      rows = fidelity.run(
-        model, options, kinds, codebook=_codebook(self, model), progress=bars
-      )
+      rows = fidelity.run(model, options, kinds, codebook=_codebook(self, model), progress=bars)
     self.report(rows)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Recall(Benchmark):
-  """What share of true attention and of the true top tokens a selection catches, by layer and head."""
+  """What share of true attention, and of the true top tokens, a selection catches."""
 
   new: int = 32
   """Tokens fed after each prompt."""
@@ -304,8 +305,14 @@ class Bars:
 
   def __init__(self) -> None:
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-    from rich.progress import TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import (
+      BarColumn,
+      MofNCompleteColumn,
+      Progress,
+      TextColumn,
+      TimeElapsedColumn,
+      TimeRemainingColumn,
+    )
 
     self._progress = Progress(
       TextColumn("{task.description:>9}"),
@@ -355,7 +362,7 @@ def _read(path: Path) -> str:
 def _load(args: ModelArgs) -> "Model":
   from a2ats_jax.models.model import load_model
 
-  return load_model(args.model, cache=args.cache)
+  return load_model(args.model, cache=args.cache, progress=_note)
 
 
 def _codebook(args: MethodArgs, model: "Model") -> "Codebook | None":
@@ -391,9 +398,13 @@ def _stream(args: Generate, model: "Model", method: Any, text: str) -> None:
 
   first, made = 0.0, []
   with Bars() as bars:
-    progress: Callable[[int, int], None] = lambda done, total: bars("prefill", done, total)
     tokens = greedy(
-      model.decoder, method, [ids], new=args.new, stop=tokenizer.eos_ids, progress=progress
+      model.decoder,
+      method,
+      [ids],
+      new=args.new,
+      stop=tokenizer.eos_ids,
+      progress=partial(bars, "prefill"),
     )
     token, stats = next(tokens)
     first = time.perf_counter() - started
@@ -435,7 +446,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     prog="a2ats",
     description="A2ATS and the KV cache methods it is compared with, for Flax language models.",
     args=argv,
-    config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes, tyro.conf.FlagCreatePairsOff),
+    config=(
+      tyro.conf.OmitArgPrefixes,
+      tyro.conf.OmitSubcommandPrefixes,
+      tyro.conf.FlagCreatePairsOff,
+    ),
   )
   try:
     command.run()

@@ -124,8 +124,8 @@ class A2ATSReference:
     scores, chosen, near, far = self.select(state, q, positions=positions, rope=rope, layer=layer)
     part, selected, stats = selection.read_exactly(
       rotate(q, positions, rope),
-      state.cache.k[layer],
-      state.cache.v[layer],
+      dense.read(state.cache.k, layer),
+      dense.read(state.cache.v, layer),
       chosen,
       near,
       positions + 1,
@@ -181,7 +181,7 @@ class A2ATSReference:
     slots = state.codes.shape[3]
     slot = jnp.broadcast_to(jnp.arange(slots, dtype=positions.dtype)[None], (q.shape[0], slots))
     segment = self.far.segment_of(slot, state.prompt, self.window)
-    cells = segment[:, None] * self.codebook.size + state.codes[layer].astype(jnp.int32)
+    cells = segment[:, None] * self.codebook.size + dense.read(state.codes, layer).astype(jnp.int32)
     distance = self.far.distances(positions, state.prompt, self.window, state.segments)
     moved = far_query(
       jnp.broadcast_to(q[:, :, None], (*q.shape[:2], state.segments, *q.shape[2:])), distance, rope
@@ -209,7 +209,7 @@ class A2ATSReference:
     b, s, h, _ = scores.shape
     kv_heads, size = state.codes.shape[2], self.codebook.size
     codes = jnp.broadcast_to(
-      state.codes[layer].astype(jnp.int32)[:, None], (b, s, *state.codes.shape[2:])
+      dense.read(state.codes, layer).astype(jnp.int32)[:, None], (b, s, *state.codes.shape[2:])
     )
     group = h // kv_heads
     rest = attention.per_query_head(rest, group)
@@ -227,12 +227,5 @@ class A2ATSReference:
     members = jnp.repeat(per_head(seen, codes), group, axis=2)
     share = jnp.take_along_axis(mass / jnp.maximum(members, 1.0), codes_of_heads, axis=-1)
     share = jnp.where(far[:, :, None], share, 0.0)
-    values = state.cache.v[layer]
-    out = jnp.einsum(
-      "bskgt,bktd->bskgd",
-      share.reshape(b, s, kv_heads, group, -1),
-      values,
-      preferred_element_type=jnp.float32,
-      precision=jax.lax.Precision.HIGHEST,
-    )
-    return attention.Part(out.reshape(b, s, h, -1), peak, jnp.sum(weight, axis=-1))
+    out = attention.weigh(share, dense.read(state.cache.v, layer))
+    return attention.Part(out, peak, jnp.sum(weight, axis=-1))

@@ -9,13 +9,15 @@ have different lengths everywhere, told by their tokens' positions.
 
 import dataclasses
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 
 from a2ats_jax.rope import Rope
 from a2ats_jax.typing import Array, Float, Int
+
+_SLOTS = 128  # caches are a multiple of this many tokens
 
 State = Any  # a pytree that only its own method looks into
 
@@ -42,8 +44,8 @@ class Geometry:
 
   @property
   def capacity(self) -> int:
-    """T: slots of a row's cache."""
-    return self.prompt + self.new
+    """T: slots of a row's cache, rounded up so that they divide into equal blocks."""
+    return -(-(self.prompt + self.new) // _SLOTS) * _SLOTS
 
 
 @partial(
@@ -88,6 +90,7 @@ class Stats:
   tail: Float[Array, "B S H"]
 
 
+@runtime_checkable
 class Method(Protocol):
   """A way to keep and read a KV cache; a pytree, its options static and its arrays leaves."""
 

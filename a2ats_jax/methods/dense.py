@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from a2ats_jax import attention
 from a2ats_jax.methods.base import Geometry, PromptLayer, Stats
-from a2ats_jax.typing import Array, Bool, Float, Int
+from a2ats_jax.typing import Array, Bool, Float, Int, Shaped
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["k", "v"], meta_fields=[])
@@ -33,7 +33,7 @@ def init(geometry: Geometry) -> DenseCache:
 
 
 def write_prompt(
-  cache: Float[Array, "L B K T ..."], x: Float[Array, "B T0 K ..."], layer: int | Array
+  cache: Shaped[Array, "L B K T ..."], x: Shaped[Array, "B T0 K ..."], layer: int | Array
 ) -> Array:
   """Put a layer's prompt into the first slots. Padding is written too and overwritten later."""
   x = jnp.swapaxes(x, 1, 2)[None].astype(cache.dtype)
@@ -45,6 +45,15 @@ def append(cache: Array, x: Array, positions: Int[Array, "B S"], layer: int | Ar
   slots = jnp.where(positions < 0, cache.shape[3], positions)
   rows = jnp.arange(slots.shape[0], dtype=slots.dtype)[:, None]
   return cache.at[layer, rows, :, slots].set(x.astype(cache.dtype), mode="drop")
+
+
+def read(cache: Shaped[Array, "L B K T ..."], layer: int | Array) -> Array:
+  """One layer of a cache.
+
+  Behind a barrier: XLA's CPU backend otherwise fuses this slice with the write before it and
+  copies the whole cache in every layer (docs/performance.md).
+  """
+  return jax.lax.optimization_barrier(cache[layer])
 
 
 def visible(positions: Int[Array, "B S"], slots: int) -> Bool[Array, "B S T"]:

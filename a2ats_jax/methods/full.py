@@ -45,6 +45,8 @@ class Full:
       dense.append(state.v, v, positions, layer),
     )
     mask = dense.visible(positions, state.k.shape[3])[:, :, None]
-    part = dense.attend_masked(rotate(q, positions, rope), state.k[layer], state.v[layer], mask)
+    part = dense.attend_masked(
+      rotate(q, positions, rope), dense.read(state.k, layer), dense.read(state.v, layer), mask
+    )
     stats = dense.dense_stats(positions, q.shape[2], k.shape[2])
     return attention.finish(part).astype(q.dtype), state, stats

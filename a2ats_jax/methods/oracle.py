@@ -56,7 +56,7 @@ class Oracle:
       dense.append(state.k, rotate(k, positions, rope), positions, layer),
       dense.append(state.v, v, positions, layer),
     )
-    keys, values = state.k[layer], state.v[layer]
+    keys, values = dense.read(state.k, layer), dense.read(state.v, layer)
     kv_heads, slots = keys.shape[1], keys.shape[2]
     q = rotate(q, positions, rope)
     scores = attention.logits(q, keys)

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -18,8 +19,8 @@ class Model:
   """Weights and what is needed to talk to them.
 
   Attributes:
-    fingerprint: sha256 over the configuration and all query and key projections: what a codebook
-      depends on. Equal for the same weights read from either format.
+    fingerprint: sha256 over heads, rotary embedding and all query and key projections: enough to
+      tell models apart, and equal for the same weights read from either format.
     source: where it was read from, for records.
   """
 
@@ -32,7 +33,8 @@ class Model:
 
 def fingerprint_of(config: ModelConfig, decoder: Decoder) -> str:
   """Identity of a model as far as queries and keys go."""
-  digest = hashlib.sha256(json.dumps(dataclasses.asdict(config), sort_keys=True).encode())
+  shape = [config.layers, config.heads, config.kv_heads, dataclasses.asdict(config.rope)]
+  digest = hashlib.sha256(json.dumps(shape, sort_keys=True).encode())
   for linear in (decoder.layers.q, decoder.layers.k):
     for param in (linear.kernel, linear.bias):
       if param is not None:
@@ -52,13 +54,18 @@ def from_checkpoint(checkpoint: Checkpoint) -> Model:
   )
 
 
-def load_model(where: str | Path, cache: Path | None = None) -> Model:
+def load_model(
+  where: str | Path,
+  cache: Path | None = None,
+  progress: Callable[[str], None] | None = None,
+) -> Model:
   """Load by known name, GGUF file, Hugging Face directory or (extra ``hub``) hub id.
 
   Args:
     cache: folder for downloaded models; the user's cache directory by default.
+    progress: called with a line of text before a download.
 
   Raises:
     UserError: nothing there, damaged, or of an architecture or tensor type that is not supported.
   """
-  return from_checkpoint(read_checkpoint(where, cache=cache))
+  return from_checkpoint(read_checkpoint(where, cache, progress))

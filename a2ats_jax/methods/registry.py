@@ -1,0 +1,221 @@
+"""KV methods by name: what a command line may ask for, and how it is built.
+
+A method is written ``name`` or ``name:option=value:option=value``, a list of methods with commas:
+``full,oracle,a2ats:far=segments(16):tail=centroid``. Commas inside parentheses belong to the value.
+"""
+
+import dataclasses
+import re
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any
+
+from a2ats_jax.budget import Budget
+from a2ats_jax.codebook import Codebook
+from a2ats_jax.errors import UserError
+from a2ats_jax.far import FarPosition
+from a2ats_jax.methods.a2ats_reference import A2ATSReference
+from a2ats_jax.methods.base import Method
+from a2ats_jax.methods.full import Full
+from a2ats_jax.methods.oracle import Oracle
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Option:
+  """One option of a method.
+
+  Attributes:
+    default: its value as text.
+    read: text to value; raises UserError saying what it expects.
+  """
+
+  default: str
+  read: Callable[[str], Any]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Entry:
+  """A name in the registry.
+
+  Attributes:
+    summary: one line for people.
+    build: called with the options by name, and with ``budget`` and ``codebook`` where the next two
+      say so.
+    takes_budget: False for a method that reads every token.
+    takes_codebook: whether it needs trained codebooks.
+    options: by name.
+  """
+
+  summary: str
+  build: Callable[..., Method]
+  takes_budget: bool = True
+  takes_codebook: bool = False
+  options: Mapping[str, Option] = MappingProxyType({})
+
+
+Table = Mapping[str, Entry]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MethodSpec:
+  """A method as asked for, every option resolved.
+
+  Attributes:
+    name: in the registry.
+    options: pairs of name and text, in the registry's order.
+  """
+
+  name: str
+  options: tuple[tuple[str, str], ...] = ()
+
+  @property
+  def options_text(self) -> str:
+    """``far=segments(8):tail=centroid``; empty where a method has no options."""
+    return ":".join(f"{key}={value}" for key, value in self.options)
+
+  def __str__(self) -> str:
+    return ":".join(filter(None, (self.name, self.options_text)))
+
+
+def read_count(text: str) -> int:
+  """A whole number from 0 on."""
+  if not re.fullmatch(r"[0-9]{1,9}", text):
+    raise UserError(f"expected a whole number, got {text!r}")
+  return int(text)
+
+
+def read_tail(text: str) -> str:
+  """``none`` or ``centroid``."""
+  if text not in ("none", "centroid"):
+    raise UserError(f"expected none or centroid, got {text!r}")
+  return text
+
+
+def read_far(text: str) -> FarPosition:
+  """``constant(b)``, ``segments(n)`` or ``segments(n,span)``."""
+  match = re.fullmatch(r"(constant|segments)\(([0-9]{1,9})(?:,\s*([0-9]{1,9}))?\)", text)
+  if not match or (match[1] == "constant" and match[3] is not None):
+    raise UserError(f"expected constant(b), segments(n) or segments(n,span), got {text!r}")
+  numbers = [int(n) for n in match.groups()[1:] if n is not None]
+  if match[1] == "constant":
+    return FarPosition.constant(*numbers)
+  return FarPosition.segments(*numbers)
+
+
+NEAR: Mapping[str, Option] = MappingProxyType(
+  {
+    "window": Option(default="64", read=read_count),
+    "sinks": Option(default="8", read=read_count),
+  }
+)
+
+
+def _a2ats(summary: str, *, far: str, tail: str) -> Entry:
+  options = {
+    "far": Option(default=far, read=read_far),
+    "tail": Option(default=tail, read=read_tail),
+    **NEAR,
+  }
+  return Entry(
+    summary=summary,
+    build=A2ATSReference,
+    takes_codebook=True,
+    options=MappingProxyType(options),
+  )
+
+
+METHODS: Table = MappingProxyType(
+  {
+    "full": Entry(summary="exact attention over every token", build=Full, takes_budget=False),
+    "oracle": Entry(
+      summary="the true top-k tokens: the best any selection could do", build=Oracle, options=NEAR
+    ),
+    "a2ats": _a2ats("A2ATS as published", far="constant(2048)", tail="none"),
+    "a2ats-plus": _a2ats(
+      "A2ATS with far positions by segment and the tail estimated",
+      far="segments(8)",
+      tail="centroid",
+    ),
+    "a2ats_reference": _a2ats(
+      "A2ATS in reference form whatever serves a2ats", far="constant(2048)", tail="none"
+    ),
+  }
+)
+
+
+def parse_method(text: str, table: Table = METHODS) -> MethodSpec:
+  """Read one ``name:option=value:...``.
+
+  Raises:
+    UserError: an unknown name or option (the message lists the valid ones), a value that cannot be
+      read, or an option given twice.
+  """
+  name, *pairs = text.strip().split(":")
+  if name not in table:
+    raise UserError(f"method: unknown name {name!r}; known: {', '.join(table)}")
+  options = table[name].options
+  given: dict[str, str] = {}
+  for pair in pairs:
+    key, equals, value = (part.strip() for part in pair.partition("="))
+    if not equals or key not in options:
+      known = ", ".join(options) or "none"
+      raise UserError(f"method {name}: unknown option {pair!r}; options: {known}")
+    if key in given:
+      raise UserError(f"method {name}: option {key} is given twice")
+    try:
+      options[key].read(value)
+    except UserError as error:
+      raise UserError(f"method {name}: {key}: {error}") from error
+    given[key] = value
+  resolved = ((key, given.get(key, option.default)) for key, option in options.items())
+  return MethodSpec(name=name, options=tuple(resolved))
+
+
+def parse_methods(text: str, table: Table = METHODS) -> tuple[MethodSpec, ...]:
+  """Read a comma-separated list of methods.
+
+  Raises:
+    UserError: as :func:`parse_method`; also an empty list, and the same method twice.
+  """
+  specs = tuple(
+    parse_method(part, table) for part in re.split(r",(?![^()]*\))", text) if part.strip()
+  )
+  if not specs:
+    raise UserError(f"methods: expected at least one of {', '.join(table)}, got none")
+  for spec in specs:
+    if specs.count(spec) > 1:
+      raise UserError(f"methods: {spec} is named twice")
+  return specs
+
+
+def build(
+  spec: MethodSpec,
+  *,
+  budget: Budget | None = None,
+  codebook: Codebook | None = None,
+  table: Table = METHODS,
+) -> Method:
+  """The method a spec names.
+
+  Args:
+    budget: for methods that select; others leave it unread.
+    codebook: of all layers, likewise.
+
+  Raises:
+    UserError: a budget or codebook is needed and missing, or an option is out of range.
+  """
+  entry = table[spec.name]
+  kwargs: dict[str, Any] = {}
+  if entry.takes_budget:
+    if budget is None:
+      raise UserError(f"method {spec.name}: needs a budget, got none")
+    kwargs["budget"] = budget
+  if entry.takes_codebook:
+    if codebook is None:
+      raise UserError(
+        f"method {spec.name}: needs codebooks; train some with `a2ats train` and pass them with "
+        "--codebook DIR"
+      )
+    kwargs["codebook"] = codebook
+  options = {key: entry.options[key].read(value) for key, value in spec.options}
+  return entry.build(**kwargs, **options)
