@@ -138,7 +138,7 @@ def causal_chunk(
   b, s, h, d = q.shape
   kv_heads = k.shape[1]
   group = h // kv_heads
-  rows = grouped(q, kv_heads).transpose(0, 2, 3, 1, 4).reshape(b, kv_heads, group * s, d) * d**-0.5
+  rows = grouped(q, kv_heads).transpose(0, 2, 3, 1, 4).reshape(b, kv_heads, group * s, d)
   row = jnp.tile(jnp.arange(s, dtype=jnp.int32), group) + start
 
   def block(index, carry):
@@ -148,6 +148,7 @@ def causal_chunk(
     scores = jnp.einsum(
       "bkrd,bktd->bkrt", rows, kb, preferred_element_type=jnp.float32, precision=_HIGHEST
     )
+    scores = scores * d**-0.5
     column = index * s + jnp.arange(s, dtype=jnp.int32)
     scores = jnp.where((column[None, :] <= row[:, None])[None, None], scores, -jnp.inf)
     new = jnp.maximum(peak, jnp.max(scores, axis=-1))

@@ -61,4 +61,4 @@ class Budget:
     return np.minimum(lengths, self.tokens or 0).astype(np.int32)
 
   def __str__(self) -> str:
-    return str(self.tokens) if self.tokens is not None else f"{self.ratio:g}"
+    return str(self.tokens) if self.tokens is not None else repr(self.ratio)

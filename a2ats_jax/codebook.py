@@ -210,7 +210,7 @@ def load_codebooks(
   try:
     header = json.loads((directory / HEADER).read_text())
     data = (directory / TENSORS).read_bytes()
-  except FileNotFoundError as e:
+  except (FileNotFoundError, NotADirectoryError) as e:
     name = Path(e.filename).name
     raise UserError(f"{where}: expected a trained codebook, {name} is missing") from e
   except ValueError as e:

@@ -10,6 +10,7 @@ only the query is rotated, once per segment.
 import dataclasses
 
 import jax.numpy as jnp
+import numpy as np
 
 from a2ats_jax.errors import UserError
 from a2ats_jax.typing import Array, Int
@@ -53,50 +54,52 @@ class FarPosition:
       return 1
     return self.prompt_segments + -(-(new + window) // self.span)
 
-  def _edges(self, prompt: Int[Array, "B"], window: int) -> Int[Array, "B Z_plus_1"]:
-    """Positions at which the prompt's segments start, oldest first, and where the last one ends."""
-    n = self.prompt_segments
-    far = jnp.maximum(prompt, window).astype(jnp.float32)[:, None]
-    power = (jnp.arange(n, -1, -1, dtype=jnp.float32) / n)[None, :]
-    distance = jnp.round(window * (far / window) ** power).astype(jnp.int32)
-    # Exact at both ends whatever the rounding: position 0, and the prompt's end less the window.
-    distance = distance.at[:, 0].set(jnp.maximum(prompt, window)).at[:, -1].set(window)
-    return prompt[:, None] - distance
+  def starts(self, prompt: Int[Array, "B"], window: int, longest: int) -> Int[Array, "B cuts"]:
+    """Where the prompt's segments start, oldest first, and then where what comes later starts.
 
-  def segment_of(
-    self, positions: Int[Array, "B T"], prompt: Int[Array, "B"], window: int
-  ) -> Int[Array, "B T"]:
-    """The segment of each absolute position, oldest first.
+    The cuts are rounded in float64 on the host, for every length once: on a device they would
+    differ by a token at some lengths, and not at the same ones on every backend.
 
     Args:
       prompt: tokens of each row's prompt, T0.
       window: ``w``, at least 1.
+      longest: no prompt is longer; static.
     """
     if self.distance is not None:
+      return jnp.zeros((prompt.shape[0], 1), jnp.int32)
+    lengths = np.arange(longest + 1)[:, None]
+    far = np.maximum(lengths, window)
+    power = np.arange(self.prompt_segments, -1, -1)[None, :] / self.prompt_segments
+    distance = np.round(window * (far / window) ** power)
+    return jnp.asarray((lengths - distance).astype(np.int32))[prompt]
+
+  def segment_of(
+    self, positions: Int[Array, "B T"], starts: Int[Array, "B cuts"]
+  ) -> Int[Array, "B T"]:
+    """The segment of each absolute position, oldest first."""
+    if self.distance is not None:
       return jnp.zeros_like(positions)
-    starts = self._edges(prompt, window)
-    old = jnp.sum(positions[:, :, None] >= starts[:, None, 1:-1], axis=-1)
-    since = positions - (prompt[:, None] - window)
-    return jnp.where(since >= 0, self.prompt_segments + since // self.span, old).astype(jnp.int32)
+    old = jnp.sum(positions[:, :, None] >= starts[:, None, 1:-1], axis=-1, dtype=jnp.int32)
+    since = positions - starts[:, -1:]
+    return jnp.where(since >= 0, self.prompt_segments + since // self.span, old)
 
   def distances(
-    self, query: Int[Array, "B S"], prompt: Int[Array, "B"], window: int, count: int
+    self, query: Int[Array, "B S"], starts: Int[Array, "B cuts"], count: int
   ) -> Int[Array, "B S Z"]:
-    """The distance at which a query scores the tokens of each segment.
+    """The distance at which a query scores the tokens of each of ``count`` segments.
 
     For segments it is ``i - p_z`` with ``p_z`` the middle of segment z's range, fixed for ever; it
     may be negative for a segment that is still to be written, which then holds no token.
     """
     if self.distance is not None:
       return jnp.full((*query.shape, 1), self.distance, query.dtype)
-    starts = self._edges(prompt, window)
     old = (starts[:, :-1] + starts[:, 1:] - 1) // 2
     later = jnp.arange(count - self.prompt_segments, dtype=jnp.int32) * self.span
-    later = prompt[:, None] - window + (later + (self.span - 1) // 2)[None, :]
+    later = starts[:, -1:] + (later + (self.span - 1) // 2)[None, :]
     middle = jnp.concatenate([old, later], axis=1)
     return query[:, :, None] - middle[:, None, :]
 
   def __str__(self) -> str:
     if self.distance is not None:
       return f"constant({self.distance})"
-    return f"segments({self.prompt_segments})"
+    return f"segments({self.prompt_segments},{self.span})"

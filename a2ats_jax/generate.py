@@ -53,15 +53,16 @@ def pad_prompts(
       f"prompt: {int(lengths.max())} tokens and {new} new ones exceed the model's context "
       f"of {config.context}"
     )
+  ids = [token for prompt in prompts for token in prompt]
+  if min(ids) < 0 or max(ids) >= config.vocab:
+    raise UserError(
+      f"prompt: token ids must lie in [0, {config.vocab}), got {min(ids)} to {max(ids)}"
+    )
   longest = int(lengths.max())
   width = _chunk_of(longest) * -(-longest // _chunk_of(longest))
   tokens = np.zeros((len(prompts), width), np.int32)
   for row, prompt in zip(tokens, prompts):
     row[: len(prompt)] = prompt
-  if tokens.min() < 0 or tokens.max() >= config.vocab:
-    raise UserError(
-      f"prompt: token ids must lie in [0, {config.vocab}), got {tokens.min()} to {tokens.max()}"
-    )
   return tokens, lengths
 
 

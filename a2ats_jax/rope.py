@@ -50,6 +50,11 @@ class RopeConfig:
       raise UserError(f"rope: theta must be above 1, got {self.theta}")
     if self.scaling in ("llama3", "yarn") and self.original_context < 1:
       raise UserError(f"rope: {self.scaling} scaling needs the original context length")
+    if self.scaling == "llama3" and not self.high_freq_factor > self.low_freq_factor:
+      raise UserError(
+        f"rope: llama3 scaling needs its high frequency factor above the low one, got "
+        f"{self.high_freq_factor} and {self.low_freq_factor}"
+      )
     if not self.factor > 0:
       raise UserError(f"rope: scaling factor must be positive, got {self.factor}")
 

@@ -33,7 +33,7 @@ from a2ats_jax.typing import Array, Bool, Float, Int, UInt16
 
 @partial(
   jax.tree_util.register_dataclass,
-  data_fields=["cache", "codes", "prompt"],
+  data_fields=["cache", "codes", "starts"],
   meta_fields=["segments"],
 )
 @dataclasses.dataclass(frozen=True)
@@ -43,13 +43,13 @@ class ReferenceState:
   Attributes:
     cache: rotated keys, and values.
     codes: codeword of every key.
-    prompt: T0, tokens of each row's prompt; fixes the segments.
+    starts: where each row's segments start, from :meth:`FarPosition.starts`.
     segments: Z.
   """
 
   cache: dense.DenseCache
   codes: UInt16[Array, "L B K T"]
-  prompt: Int[Array, "B"]
+  starts: Int[Array, "B cuts"]
   segments: int
 
 
@@ -80,10 +80,9 @@ class A2ATSReference:
   sinks: int = 8
 
   def __post_init__(self):
-    if self.window < 1 or self.sinks < 0:
-      raise UserError(
-        f"a2ats: window must be at least 1 and sinks 0 or more, got {self.window} and {self.sinks}"
-      )
+    selection.check_near(sinks=self.sinks, window=self.window)
+    if self.tail not in ("none", "centroid"):
+      raise UserError(f"a2ats: tail must be none or centroid, got {self.tail!r}")
 
   @property
   def name(self) -> str:
@@ -94,7 +93,7 @@ class A2ATSReference:
     return ReferenceState(
       cache=cache,
       codes=jnp.zeros(cache.k.shape[:-1], jnp.uint16),
-      prompt=jnp.zeros(geometry.batch, jnp.int32),
+      starts=self.far.starts(jnp.zeros(geometry.batch, jnp.int32), self.window, 0),
       segments=self.far.count(self.window, geometry.new),
     )
 
@@ -106,7 +105,7 @@ class A2ATSReference:
       state,
       cache=dense.write_prompt_cache(state.cache, prompt, layer),
       codes=dense.write_prompt(state.codes, codes, layer),
-      prompt=prompt.lengths,
+      starts=self.far.starts(prompt.lengths, self.window, prompt.keys.shape[1]),
     )
 
   def attend(
@@ -180,9 +179,9 @@ class A2ATSReference:
     """
     slots = state.codes.shape[3]
     slot = jnp.broadcast_to(jnp.arange(slots, dtype=positions.dtype)[None], (q.shape[0], slots))
-    segment = self.far.segment_of(slot, state.prompt, self.window)
+    segment = self.far.segment_of(slot, state.starts)
     cells = segment[:, None] * self.codebook.size + dense.read(state.codes, layer).astype(jnp.int32)
-    distance = self.far.distances(positions, state.prompt, self.window, state.segments)
+    distance = self.far.distances(positions, state.starts, state.segments)
     moved = far_query(
       jnp.broadcast_to(q[:, :, None], (*q.shape[:2], state.segments, *q.shape[2:])), distance, rope
     )

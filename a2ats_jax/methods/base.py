@@ -75,19 +75,19 @@ class PromptLayer:
 )
 @dataclasses.dataclass(frozen=True)
 class Stats:
-  """What one step read, per query of the step.
+  """What one step read, per query of the step; a leading axis L where layers are stacked.
 
   Attributes:
     length: cached tokens including the query's own, T; 0 for padding.
-    selected: far tokens chosen, after the union over the group.
+    selected: tokens chosen, after the union over the group; all where nothing is chosen.
     read: tokens whose key and value were attended exactly: chosen, sinks and window.
     tail: estimated share of attention that was not read exactly; 0 where nothing is estimated.
   """
 
-  length: Int[Array, "B S"]
-  selected: Int[Array, "B S K"]
-  read: Int[Array, "B S K"]
-  tail: Float[Array, "B S H"]
+  length: Int[Array, "*L B S"]
+  selected: Int[Array, "*L B S K"]
+  read: Int[Array, "*L B S K"]
+  tail: Float[Array, "*L B S H"]
 
 
 @runtime_checkable

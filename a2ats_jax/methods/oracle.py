@@ -29,6 +29,9 @@ class Oracle:
   window: int = 64
   sinks: int = 8
 
+  def __post_init__(self):
+    selection.check_near(sinks=self.sinks, window=self.window)
+
   @property
   def name(self) -> str:
     return "oracle"

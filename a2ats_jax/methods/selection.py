@@ -8,9 +8,18 @@ import jax.numpy as jnp
 
 from a2ats_jax import attention
 from a2ats_jax.budget import Budget
+from a2ats_jax.errors import UserError
 from a2ats_jax.methods.base import Stats
 from a2ats_jax.methods.dense import attend_masked
 from a2ats_jax.typing import Array, Bool, Float, Int
+
+
+def check_near(*, sinks: int, window: int) -> None:
+  """Refuse what cannot be read in any case: the window holds at least the token itself."""
+  if window < 1 or sinks < 0:
+    raise UserError(
+      f"window must be at least 1 token and sinks 0 or more, got {window} and {sinks}"
+    )
 
 
 def near_and_far(
