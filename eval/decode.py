@@ -1,0 +1,116 @@
+"""Decoding from a replayed state: given tokens in blocks, or greedily."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from a2ats_jax.generate import decode_step
+from a2ats_jax.methods.base import Method, State
+from a2ats_jax.models.config import ModelConfig
+from a2ats_jax.models.decoder import Decoder
+from a2ats_jax.typing import Float, Int
+
+_BLOCK = 32  # tokens decoded at once
+_SCORES = 1 << 25  # float32 scores of one layer a block may need: 128 MiB
+
+
+Figures = Mapping[str, np.ndarray]  # a step's statistics by name, [L, B, S, ...]
+
+
+def figures_of(stats: Any) -> dict[str, np.ndarray]:
+  """Statistics of a step on the host; empty where a method keeps none by name."""
+  if dataclasses.is_dataclass(stats):
+    stats = {field.name: getattr(stats, field.name) for field in dataclasses.fields(stats)}
+  return {k: np.asarray(x) for k, x in stats.items()} if isinstance(stats, Mapping) else {}
+
+
+def block_of(config: ModelConfig, *, batch: int, slots: int, new: int) -> int:
+  """Tokens to decode at once: 32, fewer where the scores over a long cache grow too large."""
+  return max(1, min(_BLOCK, new, _SCORES // (batch * config.heads * slots)))
+
+
+def teacher_forced(
+  decoder: Decoder,
+  method: Method,
+  state: State,
+  tokens: Int[np.ndarray, "B N"],
+  lengths: Int[np.ndarray, "B"],
+  *,
+  block: int,
+) -> tuple[Float[np.ndarray, "B N V"], dict[str, np.ndarray]]:
+  """Feed given tokens after the prompt; every one of them makes its own selection.
+
+  Equals N single steps. The last block is padded, so that one shape is compiled.
+
+  Args:
+    state: after the prompt; used up.
+    tokens: inputs, the first at position ``lengths``.
+    block: tokens handed in at once.
+
+  Returns:
+    Logits after each token, and the method's statistics by name, ``[L, B, N, ...]``.
+  """
+  count = tokens.shape[1]
+  logits, stats = [], []
+  for start in range(0, count, block):
+    offsets = np.arange(start, start + block)
+    here = offsets < count
+    piece = np.where(here, tokens[:, np.minimum(offsets, count - 1)], 0).astype(np.int32)
+    positions = np.where(here, lengths[:, None] + offsets, -1).astype(np.int32)
+    out, state, figures = decode_step(
+      decoder, method, state, jnp.asarray(piece), jnp.asarray(positions)
+    )
+    kept = int(here.sum())
+    logits.append(np.asarray(out)[:, :kept])
+    stats.append({name: x[:, :, :kept] for name, x in figures_of(figures).items()})
+  joined = {name: np.concatenate([s[name] for s in stats], axis=2) for name in stats[0]}
+  return np.concatenate(logits, axis=1), joined
+
+
+def greedy_from(
+  decoder: Decoder,
+  method: Method,
+  state: State,
+  last: Sequence[int],
+  lengths: Int[np.ndarray, "B"],
+  *,
+  new: int,
+  stop: Sequence[int] = (),
+) -> tuple[list[list[int]], list[dict[str, np.ndarray]]]:
+  """Greedy continuations, every token of them chosen under the method.
+
+  A prompt's attention is exact, and so would be the token that follows it. So the state holds each
+  prompt but for its last token, which is decoded first.
+
+  Args:
+    state: after the prompts less their last tokens, with room for ``new``; used up.
+    last: the last token of each prompt.
+    lengths: tokens in the state.
+    new: tokens to generate at most; a row ends before a stop token.
+
+  Returns:
+    The tokens of each row, and the statistics of every step taken, ``[L, B, 1, ...]``.
+  """
+  rows: list[list[int]] = [[] for _ in lengths]
+  token, positions = np.asarray(last, np.int32), np.array(lengths, np.int32)
+  live, stats = np.ones(len(rows), bool), []
+  for _ in range(new):
+    logits, state, figures = decode_step(
+      decoder,
+      method,
+      state,
+      jnp.asarray(np.where(live, token, 0)[:, None]),
+      jnp.asarray(np.where(live, positions, -1)[:, None]),
+    )
+    stats.append(figures_of(figures))
+    token = np.argmax(np.asarray(logits)[:, 0], axis=-1).astype(np.int32)
+    live &= ~np.isin(token, list(stop))
+    for row in np.flatnonzero(live):
+      rows[row].append(int(token[row]))
+    if not live.any():
+      break
+    positions = positions + 1
+  return rows, stats

@@ -1,0 +1,99 @@
+"""Figures of a run, drawn from its rows alone."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from a2ats_jax.errors import UserError
+from a2ats_jax.typing import Float
+from eval.results import Row
+
+LABELS: Mapping[str, str] = MappingProxyType(
+  {
+    "kl": "KL(full || method), nats a token",
+    "top1": "top-1 agreement with full attention",
+    "ppl": "perplexity",
+    "score": "needles found, share",
+    "mass": "attention mass caught",
+    "far_mass": "share of far attention mass caught",
+    "topk_recall": "recall of the true top-k",
+    "budget": "budget of a query head",
+    "read": "share of the cache read",
+    "moved_bytes": "bytes moved a token",
+  }
+)
+_LOG = ("kl", "moved_bytes")
+_SHARES = ("top1", "score", "mass", "far_mass", "topk_recall")
+
+
+def plot(rows: Sequence[Row], path: Path, *, y: str, x: str = "budget") -> None:
+  """One figure against another: a panel for each task and length, a line for each method.
+
+  Methods without a budget are drawn as a level where the scale allows it.
+
+  Raises:
+    UserError: no row holds both figures.
+  """
+  panels = list(dict.fromkeys((row["task"], row["T"]) for row in rows))
+  if not any(row.get(x) is not None and row.get(y) is not None for row in rows):
+    raise UserError(f"plot: no row holds both {x} and {y}")
+  figure = Figure(figsize=(4.5 * len(panels), 3.6), layout="constrained")
+  axes = figure.subplots(1, len(panels), squeeze=False)[0]
+  for axis, (task, length) in zip(axes, panels):
+    mine = [r for r in rows if (r["task"], r["T"]) == (task, length) and r.get(y) is not None]
+    lines: dict[str, list[Row]] = {}
+    for row in mine:
+      lines.setdefault(_label(row, mine), []).append(row)
+    for label, points in lines.items():
+      _line(axis, label, points, x, y)
+    axis.set(title=f"{task}, T = {length}", xlabel=LABELS.get(x, x), ylabel=LABELS.get(y, y))
+    if x != "read":
+      axis.set_xscale("log")
+    if x == "budget":
+      ticks = sorted({r[x] for r in mine if r.get(x)})
+      axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+      axis.minorticks_off()
+    if y in _LOG:
+      axis.set_yscale("log")
+    elif y in _SHARES:
+      axis.set_ylim(-0.03, 1.03)
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize="small")
+  figure.savefig(path, dpi=120)
+
+
+def _line(axis: Any, label: str, points: Sequence[Row], x: str, y: str) -> None:
+  drawn = sorted((p[x], p[y]) for p in points if p.get(x) and (p[y] > 0 or y not in _LOG))
+  if drawn:
+    axis.plot(*zip(*drawn), marker="o", label=label)
+  elif y not in _LOG:
+    axis.axhline(points[0][y], linestyle="--", color="0.5", label=label)
+
+
+def _label(row: Row, rows: Sequence[Row]) -> str:
+  """The name, with its options where the name alone is ambiguous."""
+  variants = {r["options"] for r in rows if r["method"] == row["method"]}
+  return row["method"] if len(variants) == 1 else f"{row['method']}:{row['options']}"
+
+
+def heatmaps(
+  panels: Sequence[tuple[str, Float[np.ndarray, "L H"]]], path: Path, *, label: str
+) -> None:
+  """Layers by query heads, a panel each, on one colour scale from 0 to 1."""
+  figure = Figure(figsize=(2.6 * len(panels) + 0.8, 3.8), layout="constrained")
+  axes = figure.subplots(1, len(panels), squeeze=False)[0]
+  image = None
+  for axis, (title, values) in zip(axes, panels):
+    image = axis.imshow(values, vmin=0, vmax=1, aspect="auto", origin="lower", cmap="viridis")
+    axis.set_title(title, fontsize="small")
+    axis.set(xlabel="query head", ylabel="layer")
+    for side in (axis.xaxis, axis.yaxis):
+      side.set_major_locator(MaxNLocator(integer=True))
+  if image is not None:
+    figure.colorbar(image, ax=list(axes), label=label)
+  figure.savefig(path, dpi=120)

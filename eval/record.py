@@ -1,0 +1,136 @@
+"""One prefill for many methods: record a prompt's keys and values, then replay them into a state.
+
+A prompt's attention is exact whatever the method, so what a method absorbs is the same for all.
+"""
+
+import dataclasses
+from functools import partial
+from typing import NoReturn
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from a2ats_jax.generate import Progress, geometry_of, prefill
+from a2ats_jax.methods.base import Geometry, Method, PromptLayer, State
+from a2ats_jax.models.config import ModelConfig
+from a2ats_jax.models.decoder import Decoder
+from a2ats_jax.rope import Rope, make_rope, rotate
+from a2ats_jax.typing import Array, Float, Int
+
+
+@partial(
+  jax.tree_util.register_dataclass, data_fields=["keys", "values", "lengths"], meta_fields=[]
+)
+@dataclasses.dataclass(frozen=True)
+class Recorded:
+  """Keys before rotary embedding and values of a prompt, every layer.
+
+  Attributes:
+    lengths: tokens of each row; what lies behind them is padding.
+  """
+
+  keys: Float[Array, "L B T K D"]
+  values: Float[Array, "L B T K D"]
+  lengths: Int[Array, "B"]
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["prompt", "logits"], meta_fields=[])
+@dataclasses.dataclass(frozen=True)
+class Recording:
+  """A prompt that went through the model once.
+
+  Attributes:
+    prompt: what every method absorbs.
+    logits: after each row's last token, exact for every method.
+  """
+
+  prompt: Recorded
+  logits: Float[Array, "B V"]
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=[], meta_fields=[])
+@dataclasses.dataclass(frozen=True)
+class Recorder:
+  """A method that keeps what it is given and attends to nothing. ``2 L B T K D`` numbers."""
+
+  @property
+  def name(self) -> str:
+    return "recorder"
+
+  def init(self, geometry: Geometry) -> Recorded:
+    shape = (
+      geometry.layers,
+      geometry.batch,
+      geometry.prompt,
+      geometry.kv_heads,
+      geometry.head_dim,
+    )
+    return Recorded(
+      jnp.zeros(shape, geometry.dtype),
+      jnp.zeros(shape, geometry.dtype),
+      jnp.zeros(geometry.batch, jnp.int32),
+    )
+
+  def absorb(self, state: Recorded, prompt: PromptLayer, *, layer: int | Array) -> Recorded:
+    put = jax.lax.dynamic_update_index_in_dim
+    return Recorded(
+      put(state.keys, prompt.keys.astype(state.keys.dtype), layer, 0),
+      put(state.values, prompt.values.astype(state.values.dtype), layer, 0),
+      prompt.lengths,
+    )
+
+  def attend(
+    self,
+    state: Recorded,
+    q: Float[Array, "B S H D"],
+    k: Float[Array, "B S K D"],
+    v: Float[Array, "B S K D"],
+    *,
+    positions: Int[Array, "B S"],
+    rope: Rope,
+    layer: int | Array,
+  ) -> NoReturn:
+    raise NotImplementedError("a recorder only takes in prompts; replay it into another method")
+
+
+def record(
+  decoder: Decoder,
+  tokens: Int[np.ndarray, "B T"],
+  lengths: Int[np.ndarray, "B"],
+  *,
+  progress: Progress | None = None,
+) -> Recording:
+  """Run prompts through the model and keep what methods absorb.
+
+  Args:
+    tokens, lengths: from :func:`a2ats_jax.generate.pad_prompts`.
+  """
+  logits, prompt = prefill(decoder, Recorder(), tokens, lengths, new=0, progress=progress)
+  return Recording(prompt, logits)
+
+
+@partial(jax.jit, static_argnames="geometry")
+def _replay(prompt: Recorded, method: Method, rope: Rope, *, geometry: Geometry) -> State:
+  slots = jnp.arange(geometry.prompt, dtype=jnp.int32)
+  positions = jnp.broadcast_to(slots[None], (geometry.batch, geometry.prompt))
+
+  def absorb(state, scanned):
+    keys, values, layer = scanned
+    piece = PromptLayer(keys, rotate(keys, positions, rope), values, prompt.lengths)
+    return method.absorb(state, piece, layer=layer), None
+
+  layers = jnp.arange(geometry.layers, dtype=jnp.int32)
+  scanned = (prompt.keys, prompt.values, layers)
+  return jax.lax.scan(absorb, method.init(geometry), scanned)[0]
+
+
+def replay(config: ModelConfig, recording: Recording, method: Method, *, new: int) -> State:
+  """The state a prefill under ``method`` would have left.
+
+  Args:
+    new: tokens the state must have room for after the prompt.
+  """
+  _, batch, width, _, _ = recording.prompt.keys.shape
+  geometry = geometry_of(config, batch=batch, prompt=width, new=new)
+  return _replay(recording.prompt, method, make_rope(config.rope), geometry=geometry)
