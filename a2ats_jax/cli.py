@@ -115,8 +115,9 @@ class Train(ModelArgs):
 class MethodArgs(ModelArgs):
   """A model and the codebooks its methods may need."""
 
-  codebook: Path | None = None
-  """Directory that `a2ats train` wrote; needed by the a2ats methods."""
+  codebook: str = ""
+  """Directory that `a2ats train` wrote; needed by the a2ats methods. Several as
+  name=DIR,name=DIR: a method picks one with its option, a2ats:book=name."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -151,7 +152,7 @@ class Generate(MethodArgs):
       raise UserError("prompt: is empty, expected some text")
     spec, budget = registry.parse_method(self.method), Budget.parse(self.budget)
     model = _load(self)
-    method = registry.build(spec, budget=budget, codebook=_codebook(self, model))
+    method = registry.build(spec, budget=budget, codebooks=_codebooks(self, model))
     _stream(self, model, method, text)
 
 
@@ -223,7 +224,7 @@ class Fidelity(Benchmark):
     options = fidelity.FidelityOptions(**self.shared(), new=self.new)
     kinds, model = texts.gather(self.text), _load(self)
     with Bars() as bars:
-      rows = fidelity.run(model, options, kinds, codebook=_codebook(self, model), progress=bars)
+      rows = fidelity.run(model, options, kinds, codebooks=_codebooks(self, model), progress=bars)
     self.report(rows)
 
 
@@ -240,7 +241,7 @@ class Recall(Benchmark):
     options = recall.RecallOptions(**self.shared(), new=self.new)
     kinds, model = texts.gather(self.text), _load(self)
     with Bars() as bars:
-      rows = recall.run(model, options, kinds, codebook=_codebook(self, model), progress=bars)
+      rows = recall.run(model, options, kinds, codebooks=_codebooks(self, model), progress=bars)
     self.report(rows)
 
 
@@ -257,7 +258,7 @@ class Needle(Benchmark):
     options = needle.NeedleOptions(**self.shared(), new=self.new)
     kinds, model = texts.gather(self.text), _load(self)
     with Bars() as bars:
-      rows = needle.run(model, options, kinds, codebook=_codebook(self, model), progress=bars)
+      rows = needle.run(model, options, kinds, codebooks=_codebooks(self, model), progress=bars)
     self.report(rows)
 
 
@@ -365,19 +366,24 @@ def _load(args: ModelArgs) -> "Model":
   return load_model(args.model, cache=args.cache, progress=_note)
 
 
-def _codebook(args: MethodArgs, model: "Model") -> "Codebook | None":
+def _codebooks(args: MethodArgs, model: "Model") -> "dict[str, Codebook]":
   from a2ats_jax.codebook import load_codebooks
+  from a2ats_jax.methods.registry import DEFAULT_BOOK
 
-  if args.codebook is None:
-    return None
-  book, _ = load_codebooks(
-    args.codebook,
-    fingerprint=model.fingerprint,
-    layers=model.config.layers,
-    kv_heads=model.config.kv_heads,
-    rope=model.config.rope,
-  )
-  return book
+  books: dict[str, Codebook] = {}
+  for part in filter(None, args.codebook.split(",")):
+    name, equals, folder = part.partition("=")
+    name, folder = (name, folder) if equals else (DEFAULT_BOOK, part)
+    if name in books:
+      raise UserError(f"codebook: two are named {name!r}; write them as name=DIR,name=DIR")
+    books[name], _ = load_codebooks(
+      Path(folder),
+      fingerprint=model.fingerprint,
+      layers=model.config.layers,
+      kv_heads=model.config.kv_heads,
+      rope=model.config.rope,
+    )
+  return books
 
 
 def _stream(args: Generate, model: "Model", method: Any, text: str) -> None:

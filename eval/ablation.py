@@ -16,7 +16,7 @@ from a2ats_jax.codebook import Codebook, encode
 from a2ats_jax.far import FarPosition
 from a2ats_jax.methods import dense, selection
 from a2ats_jax.methods.base import Geometry, PromptLayer, Stats
-from a2ats_jax.methods.registry import METHODS, NEAR, Entry, Option, Table, read_far
+from a2ats_jax.methods.registry import BOOK, METHODS, NEAR, Entry, Option, Table, read_far
 from a2ats_jax.rope import Rope, far_query, rotate
 from a2ats_jax.typing import Array, Bool, Float, Int
 
@@ -301,7 +301,7 @@ TABLE: Table = MappingProxyType(
       summary="diagnostic: A2ATS with every codeword at its token's true distance",
       build=TrueDistance,
       takes_codebook=True,
-      options=NEAR,
+      options=MappingProxyType({**NEAR, **BOOK}),
     ),
   }
 )

@@ -18,6 +18,7 @@ from rich.table import Table
 from a2ats_jax.budget import Budget
 from a2ats_jax.codebook import Codebook
 from a2ats_jax.generate import pad_prompts
+from a2ats_jax.methods.registry import DEFAULT_BOOK
 from a2ats_jax.models.model import Model, load_model
 from eval import fidelity, metrics, ruler, tables
 from eval.decode import greedy_from
@@ -65,7 +66,7 @@ def demo(
     methods=METHODS, budgets=BUDGETS, T=(4096,), limit=2, new=32, out=out / "fidelity"
   )
   kinds = (held_out,)
-  rows = fidelity.run(model, options, kinds, codebook=book, progress=progress)
+  rows = fidelity.run(model, options, kinds, codebooks={DEFAULT_BOOK: book}, progress=progress)
   draw(answers, rows, out / "demo.png")
   report(model, answers, rows, Console())
   note(f"{time.perf_counter() - started:.0f} s in all; plot and results in {out}")
@@ -89,7 +90,7 @@ def answer(model: Model, book: Codebook, text: Text, progress: Progress) -> list
     most=len(sentences) - first,
   )
   options = CommonOptions(methods=METHODS, budgets=BUDGETS)
-  cases = [case for case in cases_of(options, book) if case.spec.name != "oracle"]
+  cases = [case for case in cases_of(options, {DEFAULT_BOOK: book}) if case.spec.name != "oracle"]
   tokens, lengths = pad_prompts([prompt.ids[:-1]], model.config, new=ANSWER)
   began = time.perf_counter()
   recording = record(

@@ -7,7 +7,8 @@ token's distribution is compared with that of full attention.
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 import numpy as np
 
@@ -32,14 +33,14 @@ def run(
   options: FidelityOptions,
   kinds: Sequence[Text],
   *,
-  codebook: Codebook | None = None,
+  codebooks: Mapping[str, Codebook] = MappingProxyType({}),
   progress: Progress | None = None,
 ) -> list[Row]:
   """Measure every method at every budget and length on every kind of text.
 
   Args:
     kinds: each becomes a ``task``.
-    codebook: of all layers, for methods that need one.
+    codebooks: of all layers by name, for methods that need one.
 
   Returns:
     Rows with ``kl`` (nats a token), ``top1`` (agreement with full attention), ``ppl``, ``read``
@@ -51,7 +52,7 @@ def run(
       holding another run.
   """
   check_context(model, options)
-  cases = cases_of(options, codebook)
+  cases = cases_of(options, codebooks)
   after = options.new + 1
   windows = texts.windows_of(
     kinds,
@@ -61,7 +62,7 @@ def run(
     limit=options.limit,
     seed=options.seed,
   )
-  config = config_of("fidelity", model, options, cases, codebook)
+  config = config_of("fidelity", model, options, cases, codebooks)
   config["texts"] = {kind.name: kind.sha256 for kind in kinds}
   finished = open_run(options.out, config)
   units = harness.units_of(windows, options.T, options.limit, options.batch)

@@ -7,7 +7,8 @@ exact attention would give every method its first token.
 
 import dataclasses
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Literal
 
 from a2ats_jax.codebook import Codebook
@@ -106,14 +107,14 @@ def run(
   options: NeedleOptions,
   kinds: Sequence[Text] = (),
   *,
-  codebook: Codebook | None = None,
+  codebooks: Mapping[str, Codebook] = MappingProxyType({}),
   progress: Progress | None = None,
 ) -> list[Row]:
   """Answer every prompt with every method at every budget.
 
   Args:
     kinds: prose haystacks.
-    codebook: of all layers, for methods that need one.
+    codebooks: of all layers by name, for methods that need one.
 
   Returns:
     Rows with ``score``, the share of needles found (0 to 1); RULER prints it times 100.
@@ -123,9 +124,9 @@ def run(
       or ``out`` holding another run.
   """
   check_context(model, options)
-  cases = cases_of(options, codebook)
+  cases = cases_of(options, codebooks)
   prompts = make_prompts(model, options, kinds)
-  config = config_of("needle", model, options, cases, codebook)
+  config = config_of("needle", model, options, cases, codebooks)
   if "prose" in options.haystacks:
     config["texts"] = {kind.name: kind.sha256 for kind in kinds}
   finished = open_run(options.out, config)

@@ -2,7 +2,7 @@
 
 import dataclasses
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -97,7 +97,7 @@ class Case:
     }
 
 
-def cases_of(options: CommonOptions, codebook: Codebook | None) -> list[Case]:
+def cases_of(options: CommonOptions, codebooks: Mapping[str, Codebook]) -> list[Case]:
   """Every method under every budget: full first, then the oracle, then what was asked for.
 
   Raises:
@@ -112,7 +112,7 @@ def cases_of(options: CommonOptions, codebook: Codebook | None) -> list[Case]:
   for spec in sorted(specs, key=lambda spec: rank.get(spec.name, 2)):
     budgets = options.budgets if TABLE[spec.name].takes_budget else (None,)
     for budget in budgets:
-      method = registry.build(spec, budget=budget, codebook=codebook, table=TABLE)
+      method = registry.build(spec, budget=budget, codebooks=codebooks, table=TABLE)
       cases.append(Case(spec=spec, budget=budget, method=method))
   return cases
 
@@ -122,7 +122,7 @@ def config_of(
   model: Model,
   options: CommonOptions,
   cases: Sequence[Case],
-  codebook: Codebook | None,
+  codebooks: Mapping[str, Codebook],
 ) -> Row:
   """Everything shared that decides a run's results, as JSON types."""
   fields = {f.name: getattr(options, f.name) for f in dataclasses.fields(options)}
@@ -134,7 +134,7 @@ def config_of(
       "fingerprint": model.fingerprint,
       "tokenizer_sha256": model.tokenizer.sha256,
     },
-    "codebook_sha256": None if codebook is None else codebook_hash(codebook),
+    "codebook_sha256": {name: codebook_hash(book) for name, book in codebooks.items()},
     **fields,
     "methods": list(dict.fromkeys(str(case.spec) for case in cases)),
     "budgets": [str(budget) for budget in options.budgets],

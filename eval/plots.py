@@ -12,6 +12,7 @@ from matplotlib.ticker import MaxNLocator
 from a2ats_jax.errors import UserError
 from a2ats_jax.typing import Float
 from eval.results import Row
+from eval.tables import label
 
 LABELS: Mapping[str, str] = MappingProxyType(
   {
@@ -48,9 +49,9 @@ def plot(rows: Sequence[Row], path: Path, *, y: str, x: str = "budget") -> None:
     mine = [r for r in rows if (r["task"], r["T"]) == (task, length) and r.get(y) is not None]
     lines: dict[str, list[Row]] = {}
     for row in mine:
-      lines.setdefault(_label(row, mine), []).append(row)
-    for label, points in lines.items():
-      _line(axis, label, points, x, y)
+      lines.setdefault(label(row, mine), []).append(row)
+    for name, points in lines.items():
+      _line(axis, name, points, x, y)
     axis.set(title=f"{task}, T = {length}", xlabel=LABELS.get(x, x), ylabel=LABELS.get(y, y))
     if x != "read":
       axis.set_xscale("log")
@@ -73,12 +74,6 @@ def _line(axis: Any, label: str, points: Sequence[Row], x: str, y: str) -> None:
     axis.plot(*zip(*drawn), marker="o", label=label)
   elif y not in _LOG:
     axis.axhline(points[0][y], linestyle="--", color="0.5", label=label)
-
-
-def _label(row: Row, rows: Sequence[Row]) -> str:
-  """The name, with its options where the name alone is ambiguous."""
-  variants = {r["options"] for r in rows if r["method"] == row["method"]}
-  return row["method"] if len(variants) == 1 else f"{row['method']}:{row['options']}"
 
 
 def heatmaps(

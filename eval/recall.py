@@ -8,9 +8,10 @@ would read. Figures are kept for every layer and query head.
 import dataclasses
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -196,7 +197,7 @@ def run(
   options: RecallOptions,
   kinds: Sequence[Text],
   *,
-  codebook: Codebook | None = None,
+  codebooks: Mapping[str, Codebook] = MappingProxyType({}),
   progress: Progress | None = None,
 ) -> list[Row]:
   """Ask every method at every budget and length on every kind of text.
@@ -206,7 +207,7 @@ def run(
 
   Args:
     kinds: each becomes a ``task``.
-    codebook: of all layers, for methods that need one.
+    codebooks: of all layers by name, for methods that need one.
 
   Returns:
     Rows with ``mass``, ``far_mass`` and ``topk_recall`` as in :class:`Caught`, means over layers,
@@ -216,7 +217,7 @@ def run(
     UserError: as for fidelity; also a method that cannot be asked for its selection.
   """
   check_context(model, options)
-  cases = cases_of(options, codebook)
+  cases = cases_of(options, codebooks)
   for case in cases:
     if not can_be_asked(case.method):
       raise UserError(f"recall: method {case.spec.name} cannot be asked which tokens it selects")
@@ -228,7 +229,7 @@ def run(
     limit=options.limit,
     seed=options.seed,
   )
-  config = config_of("recall", model, options, cases, codebook)
+  config = config_of("recall", model, options, cases, codebooks)
   config["texts"] = {kind.name: kind.sha256 for kind in kinds}
   finished = open_run(options.out, config)
   units = harness.units_of(windows, options.T, options.limit, options.batch)

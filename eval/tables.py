@@ -10,12 +10,23 @@ from eval.results import Row, dump
 
 COLUMNS: Mapping[str, tuple[str, ...]] = MappingProxyType(
   {
-    "fidelity": ("read", "selected", "kl", "kl_se", "top1", "ppl", "moved_bytes", "tail"),
-    "recall": ("read", "selected", "mass", "far_mass", "topk_recall", "mass_se"),
-    "needle": ("read", "selected", "score", "score_se", "moved_bytes"),
+    "fidelity": ("selected", "kl", "kl_se", "top1", "ppl", "moved_bytes", "tail"),
+    "recall": ("selected", "mass", "far_mass", "topk_recall", "mass_se"),
+    "needle": ("selected", "score", "score_se", "moved_bytes"),
   }
 )
-_WHO = ("task", "T", "method", "options", "budget")
+
+HEADS: Mapping[str, str] = MappingProxyType(
+  {
+    "selected": "chosen",
+    "kl_se": "± s.e.",
+    "mass_se": "± s.e.",
+    "score_se": "± s.e.",
+    "moved_bytes": "moved",
+    "topk_recall": "top-k",
+    "far_mass": "far mass",
+  }
+)
 
 
 def json_lines(rows: Iterable[Row]) -> Iterable[str]:
@@ -23,26 +34,38 @@ def json_lines(rows: Iterable[Row]) -> Iterable[str]:
   return (dump(row).rstrip("\n") for row in rows)
 
 
+def label(row: Row, rows: Sequence[Row]) -> str:
+  """The method's name, with those of its options that differ among the rows."""
+  mine = [r["options"].split(":") for r in rows if r["method"] == row["method"]]
+  shown = [o for o in row["options"].split(":") if any(o not in options for options in mine)]
+  return ":".join([row["method"], *shown])
+
+
 def table(rows: Sequence[Row], columns: Sequence[str] | None = None) -> Table:
-  """A table of who, where and the figures.
+  """A table of methods and figures; task and length are columns where they vary.
 
   Args:
-    columns: figures to show; by default the benchmark's own, or every figure a row holds.
+    columns: figures to show; by default the benchmark's own.
   """
   if columns is None:
-    benchmark = rows[0]["benchmark"] if rows else ""
-    columns = COLUMNS.get(benchmark, ())
-  shown = [*_WHO, *columns, "n"]
-  out = Table(box=None, header_style="bold", pad_edge=False)
+    columns = COLUMNS.get(rows[0]["benchmark"], ()) if rows else ()
+  varying = [name for name in ("task", "T") if len({row[name] for row in rows}) > 1]
+  fixed = [f"{name} {rows[0][name]}" for name in ("task", "T") if rows and name not in varying]
+  shown = [*varying, "method", "budget", *columns, "n"]
+  out = Table(
+    title=", ".join(fixed), title_justify="left", box=None, header_style="bold", pad_edge=False
+  )
   for name in shown:
-    out.add_column(name, justify="left" if name in ("task", "method", "options") else "right")
+    left = name in ("task", "method")
+    out.add_column(HEADS.get(name, name), justify="left" if left else "right", no_wrap=True)
   last: object = None
   for row in rows:
     group = row["task"], row["T"]
     if last is not None and group != last:
       out.add_section()
     last = group
-    out.add_row(*(_cell(name, row.get(name)) for name in shown))
+    named = {**row, "method": label(row, rows)}
+    out.add_row(*(_cell(name, named.get(name)) for name in shown))
   return out
 
 

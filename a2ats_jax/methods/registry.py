@@ -42,7 +42,7 @@ class Entry:
     build: called with the options by name, and with ``budget`` and ``codebook`` where the next two
       say so.
     takes_budget: False for a method that reads every token.
-    takes_codebook: whether it needs trained codebooks.
+    takes_codebook: whether it needs trained codebooks; its option ``book`` then says which.
     options: by name.
   """
 
@@ -54,6 +54,8 @@ class Entry:
 
 
 Table = Mapping[str, Entry]
+
+DEFAULT_BOOK = "default"  # the name of codebooks that were given without one
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -110,11 +112,24 @@ NEAR: Mapping[str, Option] = MappingProxyType(
 )
 
 
+def read_name(text: str) -> str:
+  """A name of letters, digits, dots, dashes and underscores."""
+  if not re.fullmatch(r"[A-Za-z0-9._-]+", text):
+    raise UserError(f"expected a name, got {text!r}")
+  return text
+
+
+BOOK: Mapping[str, Option] = MappingProxyType(
+  {"book": Option(default=DEFAULT_BOOK, read=read_name)}
+)
+
+
 def _a2ats(summary: str, *, far: str, tail: str) -> Entry:
   options = {
     "far": Option(default=far, read=read_far),
     "tail": Option(default=tail, read=read_tail),
     **NEAR,
+    **BOOK,
   }
   return Entry(
     summary=summary,
@@ -192,14 +207,14 @@ def build(
   spec: MethodSpec,
   *,
   budget: Budget | None = None,
-  codebook: Codebook | None = None,
+  codebooks: Mapping[str, Codebook] = MappingProxyType({}),
   table: Table = METHODS,
 ) -> Method:
   """The method a spec names.
 
   Args:
     budget: for methods that select; others leave it unread.
-    codebook: of all layers, likewise.
+    codebooks: of all layers, by the names that the option ``book`` gives.
 
   Raises:
     UserError: a budget or codebook is needed and missing, or an option is out of range.
@@ -210,12 +225,17 @@ def build(
     if budget is None:
       raise UserError(f"method {spec.name}: needs a budget, got none")
     kwargs["budget"] = budget
+  options = {key: entry.options[key].read(value) for key, value in spec.options}
   if entry.takes_codebook:
-    if codebook is None:
+    book = options.pop("book")
+    if not codebooks:
       raise UserError(
         f"method {spec.name}: needs codebooks; train some with `a2ats train` and pass them with "
         "--codebook DIR"
       )
-    kwargs["codebook"] = codebook
-  options = {key: entry.options[key].read(value) for key, value in spec.options}
+    if book not in codebooks:
+      raise UserError(
+        f"method {spec.name}: no codebook is named {book!r}; given: {', '.join(codebooks)}"
+      )
+    kwargs["codebook"] = codebooks[book]
   return entry.build(**kwargs, **options)

@@ -49,7 +49,9 @@ def _options(**changes):
 
 
 def _run(options, **kwargs):
-  return run(tiny.model(), options, [tiny.prose()], codebook=tiny.codebook(), **kwargs)
+  return run(
+    tiny.model(), options, [tiny.prose()], codebooks={"default": tiny.codebook()}, **kwargs
+  )
 
 
 @pytest.fixture(scope="module")

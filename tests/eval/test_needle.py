@@ -155,7 +155,7 @@ def test_every_method_answers_the_same_prompts_and_a_killed_run_resumes(tmp_path
       raise KeyboardInterrupt
 
   whole, cut = tmp_path / "whole", tmp_path / "cut"
-  rows = run(tiny.model(), options(whole), codebook=tiny.codebook())
+  rows = run(tiny.model(), options(whole), codebooks={"default": tiny.codebook()})
   assert [row["method"] for row in rows] == ["full", "oracle", "a2ats-plus"]
   lines = [json.loads(line) for line in (whole / "predictions.jsonl").read_text().splitlines()]
   for line in lines:
@@ -168,9 +168,9 @@ def test_every_method_answers_the_same_prompts_and_a_killed_run_resumes(tmp_path
     assert row["score"] == 0.0
     assert row["read"] == 1.0
   with pytest.raises(KeyboardInterrupt):
-    run(tiny.model(), options(cut), codebook=tiny.codebook(), progress=kill)
+    run(tiny.model(), options(cut), codebooks={"default": tiny.codebook()}, progress=kill)
   assert not (cut / "metrics.json").exists()
-  run(tiny.model(), options(cut), codebook=tiny.codebook())
+  run(tiny.model(), options(cut), codebooks={"default": tiny.codebook()})
   for name in ("metrics.json", "predictions.jsonl"):
     assert (cut / name).read_bytes() == (whole / name).read_bytes()
   assert (cut / "score.png").exists()

@@ -121,7 +121,7 @@ def test_rows_arrays_and_pictures(tmp_path):
     new=4,
     out=tmp_path,
   )
-  rows = run(tiny.model(), options, [tiny.prose()], codebook=tiny.codebook())
+  rows = run(tiny.model(), options, [tiny.prose()], codebooks={"default": tiny.codebook()})
   by_name = {row["method"]: row for row in rows}
   assert list(by_name) == ["full", "oracle", "a2ats", "unquantised", "true-distance"]
   for name in ("mass", "far_mass", "topk_recall", "read", "selected"):
@@ -138,7 +138,7 @@ def test_rows_arrays_and_pictures(tmp_path):
       np.testing.assert_allclose(arrays[name].mean((1, 2)), [row[name] for row in rows])
   assert (tmp_path / "mass-tiny-prose-96.png").stat().st_size > 1000
   written = {p.name: p.read_bytes() for p in tmp_path.iterdir() if p.suffix != ".png"}
-  assert run(tiny.model(), options, [tiny.prose()], codebook=tiny.codebook()) == rows
+  assert run(tiny.model(), options, [tiny.prose()], codebooks={"default": tiny.codebook()}) == rows
   assert written == {p.name: p.read_bytes() for p in tmp_path.iterdir() if p.suffix != ".png"}
 
 
@@ -146,4 +146,4 @@ def test_a_method_that_cannot_be_asked_is_refused(monkeypatch):
   monkeypatch.delattr(A2ATSReference, "select")
   options = RecallOptions(methods=parse_methods("a2ats"), T=(96,), limit=1, new=2)
   with pytest.raises(UserError, match="a2ats cannot be asked"):
-    run(tiny.model(), options, [tiny.prose()], codebook=tiny.codebook())
+    run(tiny.model(), options, [tiny.prose()], codebooks={"default": tiny.codebook()})

@@ -17,7 +17,7 @@ BUDGET = Budget(ratio=0.1)
 
 def test_the_published_method_and_ours_are_presets():
   published, ours = (
-    build(spec, budget=BUDGET, codebook=tiny.codebook())
+    build(spec, budget=BUDGET, codebooks={"default": tiny.codebook()})
     for spec in parse_methods("a2ats,a2ats-plus")
   )
   assert (published.far, published.tail) == (FarPosition.constant(2048), "none")
@@ -29,11 +29,11 @@ def test_options_in_text_form():
   text = "full, a2ats:far=segments(16,32):window=7 ,a2ats:tail=centroid:sinks=0"
   full, first, second = parse_methods(text)
   assert build(full) == Full()
-  method = build(first, budget=BUDGET, codebook=tiny.codebook())
+  method = build(first, budget=BUDGET, codebooks={"default": tiny.codebook()})
   assert (method.far, method.window) == (FarPosition.segments(16, 32), 7)
-  assert str(first) == "a2ats:far=segments(16,32):tail=none:window=7:sinks=8"
+  assert str(first) == "a2ats:far=segments(16,32):tail=none:window=7:sinks=8:book=default"
   assert parse_method(str(first)) == first
-  assert second.options_text == "far=constant(2048):tail=centroid:window=64:sinks=0"
+  assert second.options_text == "far=constant(2048):tail=centroid:window=64:sinks=0:book=default"
 
 
 @pytest.mark.parametrize(
@@ -67,18 +67,19 @@ def test_missing_parts_are_refused():
   for name in ("a2ats", "oracle", "unquantised", "true-distance"):
     (spec,) = options.parse_methods(f"{name}:window=0")
     with pytest.raises(UserError, match="window must be at least 1"):
-      build(spec, budget=BUDGET, codebook=tiny.codebook(), table=options.TABLE)
+      build(spec, budget=BUDGET, codebooks={"default": tiny.codebook()}, table=options.TABLE)
 
 
 def test_every_entry_builds_with_its_defaults():
   for name, entry in options.TABLE.items():
     spec = options.parse_methods(name)[0]
-    method = build(spec, budget=BUDGET, codebook=tiny.codebook(), table=options.TABLE)
+    method = build(spec, budget=BUDGET, codebooks={"default": tiny.codebook()}, table=options.TABLE)
     assert entry.summary
     fields = {f.name for f in dataclasses.fields(method)}
     assert ("budget" in fields) == entry.takes_budget
     assert ("codebook" in fields) == entry.takes_codebook
-    assert set(entry.options) <= fields
+    assert set(entry.options) - {"book"} <= fields
+    assert ("book" in entry.options) == entry.takes_codebook
 
 
 def test_full_and_the_oracle_are_always_there():
@@ -86,7 +87,7 @@ def test_full_and_the_oracle_are_always_there():
     methods=options.parse_methods("a2ats,oracle:window=9"),
     budgets=(Budget(ratio=0.1), Budget(tokens=64)),
   )
-  cases = options.cases_of(asked, tiny.codebook())
+  cases = options.cases_of(asked, {"default": tiny.codebook()})
   assert [(c.spec.name, c.identity["budget"]) for c in cases] == [
     ("full", None),
     ("oracle", 0.1),
@@ -114,3 +115,12 @@ def test_options_out_of_range_are_refused(changes, message):
   with pytest.raises(UserError) as caught:
     options.CommonOptions(**changes)
   assert message in str(caught.value)
+
+
+def test_a_method_picks_its_codebook_by_name():
+  books = {"one": tiny.codebook(), "two": tiny.codebook()}
+  for name, book in books.items():
+    spec = options.parse_methods(f"a2ats:book={name}")[0]
+    assert build(spec, budget=BUDGET, codebooks=books).codebook is book
+  with pytest.raises(UserError, match="no codebook is named 'default'; given: one, two"):
+    build(options.parse_methods("a2ats")[0], budget=BUDGET, codebooks=books)
