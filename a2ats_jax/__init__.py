@@ -1,0 +1,42 @@
+"""Retrieval from a KV cache for Flax language models: A2ATS and what it is compared with."""
+
+from a2ats_jax.budget import Budget
+from a2ats_jax.codebook import Codebook, encode, load_codebooks, make_codebook, save_codebooks
+from a2ats_jax.errors import UserError
+from a2ats_jax.far import FarPosition
+from a2ats_jax.generate import decode_step, greedy, pad_prompts, prefill
+from a2ats_jax.methods.a2ats_reference import A2ATSReference
+from a2ats_jax.methods.base import Geometry, Method, PromptLayer, Stats
+from a2ats_jax.methods.full import Full
+from a2ats_jax.methods.oracle import Oracle
+from a2ats_jax.models.model import Model, load_model
+from a2ats_jax.rope import Rope, RopeConfig, make_rope, rotate, windowed_logits
+
+__all__ = [
+  "A2ATSReference",
+  "Budget",
+  "Codebook",
+  "FarPosition",
+  "Full",
+  "Geometry",
+  "Method",
+  "Model",
+  "Oracle",
+  "PromptLayer",
+  "Rope",
+  "RopeConfig",
+  "Stats",
+  "UserError",
+  "decode_step",
+  "encode",
+  "greedy",
+  "load_codebooks",
+  "load_model",
+  "make_codebook",
+  "make_rope",
+  "pad_prompts",
+  "prefill",
+  "rotate",
+  "save_codebooks",
+  "windowed_logits",
+]

@@ -11,7 +11,7 @@ import time
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import tyro
 
@@ -367,7 +367,6 @@ def _load(args: ModelArgs) -> "Model":
 
 
 def _codebooks(args: MethodArgs, model: "Model") -> "dict[str, Codebook]":
-  from a2ats_jax.codebook import load_codebooks
   from a2ats_jax.methods.registry import DEFAULT_BOOK
 
   books: dict[str, Codebook] = {}
@@ -376,13 +375,7 @@ def _codebooks(args: MethodArgs, model: "Model") -> "dict[str, Codebook]":
     name, folder = (name, folder) if equals else (DEFAULT_BOOK, part)
     if name in books:
       raise UserError(f"codebook: two are named {name!r}; write them as name=DIR,name=DIR")
-    books[name], _ = load_codebooks(
-      Path(folder),
-      fingerprint=model.fingerprint,
-      layers=model.config.layers,
-      kv_heads=model.config.kv_heads,
-      rope=model.config.rope,
-    )
+    books[name], _ = model.load_codebooks(Path(folder))
   return books
 
 
@@ -445,17 +438,55 @@ def _stream(args: Generate, model: "Model", method: Any, text: str) -> None:
     )
 
 
+def expand(argv: list[str]) -> list[str]:
+  """Put the options of a ``--config FILE`` before those that were typed, which then win.
+
+  The file is a YAML mapping from option names to values; a list gives an option several values.
+
+  Raises:
+    UserError: the file is missing or not such a mapping.
+  """
+  if "--config" not in argv:
+    return argv
+  import yaml
+
+  place = argv.index("--config")
+  if place + 1 == len(argv):
+    raise UserError("config: expected a file after --config")
+  path = Path(argv[place + 1])
+  try:
+    options = yaml.safe_load(path.read_text(encoding="utf-8"))
+  except OSError as e:
+    raise UserError(f"config {path}: {e.strerror}") from e
+  except (UnicodeDecodeError, yaml.YAMLError) as e:
+    raise UserError(f"config {path}: is not readable YAML") from e
+  if not isinstance(options, dict):
+    raise UserError(f"config {path}: expected a mapping of options, got {type(options).__name__}")
+  written: list[str] = []
+  for name, value in options.items():
+    values = value if isinstance(value, list) else [value]
+    if value is not False:
+      written += [f"--{name}", *(str(v) for v in values if v is not True)]
+  return [*argv[:place], *written, *argv[place + 2 :]]
+
+
 def main(argv: Sequence[str] | None = None) -> None:
   """Entry point. A user's mistake ends with one line on stderr and exit code 2."""
+  try:
+    arguments = expand(sys.argv[1:] if argv is None else list(argv))
+  except UserError as e:
+    _fail(str(e))
   command = tyro.cli(
     Command,  # pyrefly: ignore[bad-argument-type]  a union of annotated commands, as tyro documents
     prog="a2ats",
-    description="A2ATS and the KV cache methods it is compared with, for Flax language models.",
-    args=argv,
+    description="A2ATS and the KV cache methods it is compared with, for Flax language models. "
+    "`--config FILE` after a command reads its options from a YAML file; what is typed wins.",
+    args=arguments,
     config=(
       tyro.conf.OmitArgPrefixes,
       tyro.conf.OmitSubcommandPrefixes,
       tyro.conf.FlagCreatePairsOff,
+      tyro.conf.DisallowNone,
     ),
   )
   try:
@@ -470,6 +501,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     raise SystemExit(130) from None
 
 
-def _fail(message: str) -> None:
+def _fail(message: str) -> NoReturn:
   _note("a2ats: " + " ".join(message.split()))
   raise SystemExit(2)

@@ -5,9 +5,11 @@ import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from a2ats_jax.codebook import Codebook, load_codebooks
 from a2ats_jax.models.checkpoint import Checkpoint, read_checkpoint
 from a2ats_jax.models.config import ModelConfig
 from a2ats_jax.models.decoder import Decoder, from_tensors
@@ -29,6 +31,20 @@ class Model:
   tokenizer: Tokenizer
   fingerprint: str
   source: str
+
+  def load_codebooks(self, directory: str | Path) -> tuple[Codebook, dict[str, Any]]:
+    """Codebooks trained for this model, and their header.
+
+    Raises:
+      UserError: none there, damaged, or of another model, rope or shape.
+    """
+    return load_codebooks(
+      Path(directory),
+      fingerprint=self.fingerprint,
+      layers=self.config.layers,
+      kv_heads=self.config.kv_heads,
+      rope=self.config.rope,
+    )
 
 
 def fingerprint_of(config: ModelConfig, decoder: Decoder) -> str:
