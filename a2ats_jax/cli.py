@@ -66,14 +66,24 @@ class Train(ModelArgs):
   """Distances (tokens) at which the query metric is taken, averaged; 2048 is the published one."""
   shrinkage: float = 0.0
   """Share of the mean eigenvalue added to the query metric, 0 or more."""
+  centred: bool = False
+  """Take the queries' covariance for the query metric, not their second moment."""
+  power: float = 1.0
+  """The query metric to this power, above 0 and at most 1; below 1 flattens its spectrum."""
+  seeding: Literal["kmeans++", "sampled"] = "kmeans++"
+  """How the first codewords are drawn: by squared distance, or evenly."""
   steps: int = 200
   """Optimiser (Adam) steps before the Lloyd steps; 0 leaves plain Lloyd."""
-  learning_rate: float = 0.05
+  learning_rate: float = 0.1
   """Of Adam at the start, in standard deviations of a key's coordinate."""
   batch: int = 2048
   """Tokens of each head in an optimiser step."""
   lloyd_steps: int = 10
   """Full passes at most after that."""
+  tolerance: float = 1e-3
+  """Relative gain in distortion below which Lloyd stops."""
+  no_guard: bool = False
+  """Skip the second fit by Lloyd alone, whose codebook is kept for the heads it serves better."""
   seed: int = 0
   """Of every random draw."""
   json: bool = False
@@ -94,11 +104,16 @@ class Train(ModelArgs):
         kind=self.metric,
         distances=_numbers("distances", self.distances),
         shrinkage=self.shrinkage,
+        centred=self.centred,
+        power=self.power,
       ),
+      seeding=self.seeding,
       steps=self.steps,
       learning_rate=self.learning_rate,
       batch=self.batch,
       lloyd_steps=self.lloyd_steps,
+      tolerance=self.tolerance,
+      guard=not self.no_guard,
       seed=self.seed,
     )
     model = _load(self)

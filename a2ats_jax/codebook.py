@@ -9,7 +9,6 @@ nearest-neighbour search after multiplying by L. ``L = I`` is the plain codebook
 import dataclasses
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -22,6 +21,7 @@ import safetensors
 import safetensors.numpy
 
 from a2ats_jax.errors import UserError
+from a2ats_jax.files import write_atomically
 from a2ats_jax.rope import RopeConfig
 from a2ats_jax.typing import Array, Float, UInt16
 
@@ -138,18 +138,6 @@ def score_table(
   return table.reshape(b, s, h, z * size)
 
 
-def _write_atomically(path: Path, data: bytes) -> None:
-  temporary = path.with_name(f".{path.name}.{os.getpid()}")
-  try:
-    with open(temporary, "wb") as f:
-      f.write(data)
-      f.flush()
-      os.fsync(f.fileno())
-    os.replace(temporary, path)
-  finally:
-    temporary.unlink(missing_ok=True)
-
-
 def save_codebooks(
   directory: Path,
   book: Codebook,
@@ -190,8 +178,8 @@ def save_codebooks(
     "sha256": hashlib.sha256(data).hexdigest(),
     "training": dict(training),
   }
-  _write_atomically(directory / TENSORS, data)
-  _write_atomically(directory / HEADER, json.dumps(header, indent=2).encode())
+  write_atomically(directory / TENSORS, data)
+  write_atomically(directory / HEADER, json.dumps(header, indent=2))
 
 
 def load_codebooks(

@@ -12,46 +12,56 @@ from pathlib import Path
 
 from a2ats_jax.budget import Budget
 from a2ats_jax.cli import DEFAULT_MODEL, Bars
+from a2ats_jax.files import write_atomically
 from a2ats_jax.models.model import Model, load_model
 from eval import fidelity, needle
 from eval.options import parse_methods
-from eval.results import Row, write_atomically
+from eval.results import Row
 from eval.tables import label
-from train_codebooks.metric import Metric
+from train_codebooks.metric import Metric, log_spaced
 from train_codebooks.options import TrainOptions
 from train_codebooks.texts import Text, pydoc_held_out, read_text
 from train_codebooks.train import train
 
-SMALL = TrainOptions(codewords=1024, tokens=57344, steps=60, lloyd_steps=3)
-LARGE = dataclasses.replace(SMALL, codewords=4096)
+PLAIN = Metric(kind="plain")
 PUBLISHED = Metric(kind="query", distances=(2048,))
-DISTANCES = (64, 128, 256, 512, 1024, 2048, 4096)
-AVERAGED = Metric(kind="query", distances=DISTANCES)
-SHRUNK = Metric(kind="query", distances=DISTANCES, shrinkage=0.3)
+AVERAGED = Metric(kind="query", distances=log_spaced(64, 4096, 7))
+SHRUNK = dataclasses.replace(AVERAGED, shrinkage=0.3)
+
+
+def training(metric: Metric, codewords: int = 1024, **options) -> TrainOptions:
+  """57K tokens, a short optimiser run, three Lloyd steps."""
+  return TrainOptions(codewords=codewords, metric=metric, steps=60, lloyd_steps=3, **options)
+
+
 BOOKS = {
-  "plain-1024": SMALL,
-  "query-1024": dataclasses.replace(SMALL, metric=PUBLISHED),
-  "averaged-1024": dataclasses.replace(SMALL, metric=AVERAGED),
-  "shrunk-1024": dataclasses.replace(SMALL, metric=SHRUNK),
-  "plain-4096": LARGE,
-  "query-4096": dataclasses.replace(LARGE, metric=PUBLISHED),
+  "query-1024": training(PUBLISHED),
+  "plain-1024": training(PLAIN),
+  "averaged-1024": training(AVERAGED),
+  "shrunk-1024": training(SHRUNK),
+  "plain-4096": training(PLAIN, 4096, guard=False),
+  "query-4096": training(PUBLISHED, 4096, guard=False),
 }
 
-AT_4K = (
+AT_3_PERCENT = (
   "full,oracle,"
-  "unquantised:far=constant(2048),unquantised:far=segments(8),unquantised:far=segments(16),"
+  "unquantised:far=constant(2048),a2ats:book=plain-1024,a2ats:book=query-1024,"
   "true-distance:book=plain-1024,"
-  "a2ats:book=plain-1024,a2ats:book=query-1024,a2ats:tail=centroid:book=plain-1024,"
+  "unquantised:far=segments(8),unquantised:far=segments(16),"
   "a2ats:far=segments(4):book=plain-1024,a2ats:far=segments(8):book=plain-1024,"
-  "a2ats:far=segments(16):book=plain-1024,"
+  "a2ats:far=segments(16):book=plain-1024,a2ats:far=segments(8):book=query-1024,"
+  "a2ats-plus:book=plain-1024,a2ats-plus:far=segments(16):book=plain-1024,"
+  "a2ats:book=query-4096,a2ats-plus:book=plain-4096"
+)
+AT_1_PERCENT = (
+  "full,oracle,a2ats:book=plain-1024,a2ats:book=query-1024,a2ats:far=segments(8):book=plain-1024,"
   "a2ats:far=segments(8):book=query-1024,a2ats:far=segments(8):book=averaged-1024,"
   "a2ats:far=segments(8):book=shrunk-1024,"
   "a2ats-plus:book=plain-1024,a2ats-plus:far=segments(16):book=plain-1024,"
-  "a2ats:book=plain-4096,a2ats:book=query-4096,a2ats:far=segments(8):book=plain-4096,"
-  "a2ats-plus:book=plain-4096"
+  "a2ats:book=query-4096,a2ats-plus:book=plain-4096"
 )
 AT_8K = (
-  "full,oracle,a2ats:book=plain-1024,a2ats:book=query-1024,a2ats:far=segments(8):book=plain-1024,"
+  "full,oracle,a2ats:book=query-1024,a2ats:far=segments(8):book=plain-1024,"
   "a2ats-plus:book=plain-1024,a2ats-plus:far=segments(12):book=plain-1024,"
   "a2ats:book=query-4096,a2ats-plus:book=plain-4096"
 )
@@ -75,40 +85,25 @@ def main() -> None:
     books = {}
     for name, options in BOOKS.items():
       books[name] = train(model, options, args.out / "books" / name, progress=bars)
-    near = fidelity.run(
-      model,
-      fidelity.FidelityOptions(
-        methods=parse_methods(AT_4K),
-        budgets=BUDGETS,
-        T=(4096,),
+    runs = (
+      (AT_3_PERCENT, BUDGETS[0], 4096),
+      (AT_1_PERCENT, BUDGETS[1], 4096),
+      (AT_8K, BUDGETS[1], model.config.context - NEW),
+    )
+    tables = []
+    for methods, budget, length in runs:
+      options = fidelity.FidelityOptions(
+        methods=parse_methods(methods),
+        budgets=(budget,),
+        T=(length,),
         limit=TEXTS,
         new=NEW,
-        out=args.out / "fidelity-4k",
-      ),
-      kinds,
-      codebooks=books,
-      progress=bars,
-    )
-    far = fidelity.run(
-      model,
-      fidelity.FidelityOptions(
-        methods=parse_methods(AT_8K),
-        budgets=BUDGETS[1:],
-        T=(model.config.context - NEW,),
-        limit=TEXTS,
-        new=NEW,
-        out=args.out / "fidelity-8k",
-      ),
-      kinds,
-      codebooks=books,
-      progress=bars,
-    )
+        out=args.out / f"fidelity-{length}-{budget}",
+      )
+      rows = fidelity.run(model, options, kinds, codebooks=books, progress=bars)
+      tables.append(f"## {budget} of {length} tokens per query head\n\n{_closeness(rows)}")
     found = find_needles(model, kinds[1:], books, args.out / "needle", bars)
-  tables = [
-    *(f"## {b} of 4096 tokens per query head\n\n{_closeness(near, b)}" for b in BUDGETS),
-    f"## {BUDGETS[1]} of {far[0]['T']} tokens per query head\n\n{_closeness(far, BUDGETS[1])}",
-    f"## Needles in novels, 4096 tokens\n\n{_needles(found)}",
-  ]
+  tables.append(f"## Needles in novels, 4096 tokens\n\n{_needles(found)}")
   text = "\n\n".join(tables) + "\n"
   write_atomically(args.out / "tables.md", text)
   print(text)
@@ -127,16 +122,15 @@ def find_needles(model: Model, kinds: Sequence[Text], books, out: Path, bars: Ba
   return needle.run(model, options, kinds, codebooks=books, progress=bars)
 
 
-def _closeness(rows: Sequence[Row], budget: Budget) -> str:
-  """One budget's table: a line a method, both kinds of text side by side."""
+def _closeness(rows: Sequence[Row]) -> str:
+  """A line a method, all kinds of text side by side."""
   kinds = list(dict.fromkeys(row["task"] for row in rows))
   head = "| method | " + " | ".join(f"{k}: KL ± s.e. | top-1 | chosen" for k in kinds) + " |"
   lines = [head, "|---" * (1 + 3 * len(kinds)) + "|"]
-  chosen = [row for row in rows if row["budget"] in (None, budget.ratio)]
-  for name in dict.fromkeys(label(row, chosen) for row in chosen):
+  for name in dict.fromkeys(label(row, rows) for row in rows):
     cells = [name]
     for kind in kinds:
-      (row,) = (r for r in chosen if r["task"] == kind and label(r, chosen) == name)
+      (row,) = (r for r in rows if r["task"] == kind and label(r, rows) == name)
       cells += [f"{row['kl']:.4f} ± {row['kl_se']:.4f}", f"{row['top1']:.3f}"]
       cells.append(f"{row['selected']:.3f}")
     lines.append("| " + " | ".join(cells) + " |")

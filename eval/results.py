@@ -8,16 +8,16 @@ import importlib.metadata
 import json
 import os
 import platform
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
-import yaml
 
 from a2ats_jax.errors import UserError
+from a2ats_jax.files import claim, write_atomically
 
-CONFIG, PREDICTIONS, METRICS = "config.yaml", "predictions.jsonl", "metrics.json"
+PREDICTIONS, METRICS = "predictions.jsonl", "metrics.json"
 
 Row = dict[str, Any]
 Key = tuple[Any, ...]
@@ -76,43 +76,8 @@ def open_run(out: Path | None, config: Mapping[str, Any]) -> Run:
   config = json.loads(json.dumps(config, allow_nan=False))
   if out is None:
     return Run(None, config, [])
-  try:
-    out.mkdir(parents=True, exist_ok=True)
-  except OSError as error:
-    raise UserError(f"out {out}: {error.strerror or error}") from error
-  path = out / CONFIG
-  if path.exists():
-    _same_config(out, path, config)
-  else:
-    for name in (PREDICTIONS, METRICS):
-      if (out / name).exists():
-        raise UserError(f"out {out}: holds {name} but no {CONFIG}; give another directory")
-    write_atomically(path, yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
+  claim(out, config, results=(PREDICTIONS, METRICS))
   return Run(out, config, _read_lines(out / PREDICTIONS))
-
-
-def _same_config(out: Path, path: Path, config: Mapping[str, Any]) -> None:
-  try:
-    there = yaml.safe_load(path.read_text(encoding="utf-8"))
-  except (OSError, ValueError, yaml.YAMLError) as error:
-    raise UserError(f"out {out}: {CONFIG} cannot be read as YAML") from error
-  old, new = dict(_flat(there, "")), dict(_flat(config, ""))
-  missing = object()
-  differs = [
-    k for k in [*old, *(new.keys() - old.keys())] if old.get(k, missing) != new.get(k, missing)
-  ]
-  if differs:
-    first = "; ".join(f"{k} was {old.get(k)!r}, now {new.get(k)!r}" for k in sorted(differs)[:3])
-    more = f" and {len(differs) - 3} more" if len(differs) > 3 else ""
-    raise UserError(f"out {out}: holds a run with another config: {first}{more}")
-
-
-def _flat(value: Any, prefix: str) -> Iterable[tuple[str, Any]]:
-  if isinstance(value, Mapping):
-    for key, inner in value.items():
-      yield from _flat(inner, f"{prefix}.{key}" if prefix else str(key))
-  else:
-    yield prefix, value
 
 
 def _read_lines(path: Path) -> list[Row]:
@@ -135,19 +100,6 @@ def _read_lines(path: Path) -> list[Row]:
 def dump(line: Mapping[str, Any]) -> str:
   """One line of JSON."""
   return json.dumps(line, allow_nan=False, ensure_ascii=True) + "\n"
-
-
-def write_atomically(path: Path, text: str) -> None:
-  """The whole new file or the old one, whatever happens on the way."""
-  temporary = path.with_name(f".{path.name}.{os.getpid()}")
-  try:
-    with open(temporary, "w", encoding="utf-8") as file:
-      file.write(text)
-      file.flush()
-      os.fsync(file.fileno())
-    os.replace(temporary, path)
-  finally:
-    temporary.unlink(missing_ok=True)
 
 
 def environment() -> dict[str, Any]:

@@ -300,14 +300,14 @@ def test_cut_off_before_the_header_never_loads(tmp_path, monkeypatch, again):
   """Tensors without their header are no codebook, whether or not an old header lies there."""
   if again:
     save_codebooks(tmp_path, cases.books(cases.PAIRS, 1), training={}, **SAVED)
-  write = codebook._write_atomically
+  write = codebook.write_atomically
 
   def killed(path, data):
     if path.name == HEADER:
       raise Killed
     write(path, data)
 
-  monkeypatch.setattr(codebook, "_write_atomically", killed)
+  monkeypatch.setattr(codebook, "write_atomically", killed)
   with pytest.raises(Killed):
     save_codebooks(tmp_path, cases.books(cases.PAIRS, 2), training={}, **SAVED)
   assert (tmp_path / TENSORS).exists()
@@ -321,7 +321,7 @@ def test_cut_off_within_a_write_keeps_the_older_codebook(saved, monkeypatch):
   def full(descriptor):
     raise OSError(28, "no space left")
 
-  monkeypatch.setattr(codebook.os, "fsync", full)
+  monkeypatch.setattr("os.fsync", full)
   with pytest.raises(OSError, match="no space"):
     save_codebooks(saved, cases.books(cases.PAIRS, 2), training={}, **SAVED)
   book, _ = load_codebooks(saved, **WANTED)

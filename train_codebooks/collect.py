@@ -1,0 +1,213 @@
+"""Run a model over calibration documents and keep what codebooks are trained from.
+
+Keys before rotary embedding go to a file in bfloat16, as in the released A2ATS: the rounding, up
+to 0.4%, is far below the distance to a codeword. Queries are never kept: their second moment is
+summed in float64 on the host, because its smallest eigenvalues lie about six orders of magnitude
+below the largest and would drown in a float32 sum.
+"""
+
+import dataclasses
+import os
+import time
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from a2ats_jax import attention
+from a2ats_jax.errors import UserError
+from a2ats_jax.models.decoder import Decoder
+from a2ats_jax.rope import make_rope, rotate
+from a2ats_jax.typing import Array, Float, Int
+from train_codebooks.files import load_arrays, save_arrays
+from train_codebooks.progress import Progress, silent
+from train_codebooks.texts import Corpus
+
+KEYS, MOMENTS = "keys.bfloat16", "moments.npz"
+_BFLOAT16 = np.dtype(jnp.bfloat16)
+_CHUNK = 512  # tokens attended at once
+_BATCH = 4096  # tokens of a forward pass, over its documents
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Collected:
+  """What the calibration text looks like from inside the model.
+
+  Attributes:
+    keys: before rotary embedding, ``[L, K, N, D]`` bfloat16, a memory-mapped file.
+    query_square, query_sum: sums of ``q^T q`` and ``q`` before rotary embedding over the N tokens
+      and G query heads of each KV head, ``[L, K, D, D]`` and ``[L, K, D]`` float64.
+    key_square, key_sum: the same of the keys, over the N tokens.
+    group: G.
+  """
+
+  keys: np.ndarray
+  query_square: Float[np.ndarray, "L K D D"]
+  query_sum: Float[np.ndarray, "L K D"]
+  key_square: Float[np.ndarray, "L K D D"]
+  key_sum: Float[np.ndarray, "L K D"]
+  group: int
+
+  @property
+  def tokens(self) -> int:
+    """N."""
+    return self.keys.shape[2]
+
+
+@partial(jax.jit, static_argnames="chunk", donate_argnames="x")
+def _layer(
+  decoder: Decoder, x: Float[Array, "B T E"], layer: Int[Array, ""], *, chunk: int
+) -> tuple[Float[Array, "B T E"], Float[Array, "B T H D"], Float[Array, "B T K D"]]:
+  """One layer under exact causal attention: its output, and its queries and keys before rope."""
+  block, rope = decoder.layer(layer), make_rope(decoder.config.rope)
+  b, t, _ = x.shape
+  cache = jnp.zeros((b, decoder.config.kv_heads, t, decoder.config.head_dim), x.dtype)
+
+  def step(carry, start):
+    rotated, values = carry
+    piece = jax.lax.dynamic_slice_in_dim(x, start, chunk, axis=1)
+    positions = jnp.broadcast_to(start + jnp.arange(chunk, dtype=jnp.int32), (b, chunk))
+    q, k, v = block.project(piece)
+    now = jnp.swapaxes(rotate(k, positions, rope), 1, 2)
+    rotated = jax.lax.dynamic_update_slice_in_dim(rotated, now, start, 2)
+    values = jax.lax.dynamic_update_slice_in_dim(values, jnp.swapaxes(v, 1, 2), start, 2)
+    out = attention.causal_chunk(rotate(q, positions, rope), rotated, values, start)
+    return (rotated, values), (block.finish(piece, out.astype(x.dtype)), q, k)
+
+  starts = jnp.arange(0, t, chunk, dtype=jnp.int32)
+  _, pieces = jax.lax.scan(step, (cache, cache), starts)
+  out, q, k = (jnp.moveaxis(p, 0, 1).reshape(b, t, *p.shape[3:]) for p in pieces)
+  return out, q, k
+
+
+def _grams(x: Float[np.ndarray, "n K G D"]) -> tuple[np.ndarray, np.ndarray]:
+  """Sums of ``x^T x`` and of ``x`` for each K, over n and G, in float64."""
+  n, kv, group, dim = x.shape
+  rows = x.astype(np.float64).transpose(1, 0, 2, 3).reshape(kv, n * group, dim)
+  return rows.swapaxes(1, 2) @ rows, rows.sum(axis=1)
+
+
+def _open_keys(path: Path, shape: tuple[int, ...]) -> np.memmap:
+  """The key file, allocated in full at once: a full disk is an error here, not a fault later."""
+  size = 2 * int(np.prod(shape))
+  with open(path, "ab") as f:
+    if os.path.getsize(path) != size:
+      f.truncate(0)
+      os.posix_fallocate(f.fileno(), 0, size)
+  return np.memmap(path, dtype=_BFLOAT16, mode="r+", shape=shape)
+
+
+def _shape(corpus: Corpus) -> tuple[int, int, int]:
+  """Of every forward pass: documents, padded length, and tokens attended at once."""
+  longest = max(len(d) for d in corpus.documents)
+  chunk = min(_CHUNK, 1 << (longest - 1).bit_length())
+  width = chunk * -(-longest // chunk)
+  return max(1, min(_BATCH // width, len(corpus.documents))), width, chunk
+
+
+def collect(
+  decoder: Decoder,
+  corpus: Corpus,
+  directory: Path,
+  *,
+  progress: Progress = silent,
+  save_seconds: float = 20.0,
+) -> Collected:
+  """Run the documents, each from position 0, or take up where an earlier call was cut off.
+
+  Documents are padded on the right to one shape, so that each layer is compiled once; padding
+  reaches neither keys nor moments, because attention is causal and only a row's own tokens are
+  read back.
+
+  Args:
+    directory: exists; takes the keys and, every ``save_seconds`` and at the end, the moments with
+      the number of documents they sum. The caller sees to it that it belongs to this model and
+      text.
+
+  Raises:
+    UserError: a token outside the vocabulary, a document longer than the model's context, or a
+      model whose keys or queries are not finite.
+    OSError: no space for the keys.
+  """
+  config = decoder.config
+  _check(corpus, config.vocab, config.context)
+  shape = (config.layers, config.kv_heads, corpus.tokens, config.head_dim)
+  rows, width, chunk = _shape(corpus)
+  state, done = _resume(directory, shape)
+  keys = _open_keys(directory / KEYS, shape)
+  start = sum(len(d) for d in corpus.documents[:done])
+  if done:
+    progress("collect", start, corpus.tokens)
+  saved = time.monotonic()
+  while done < len(corpus.documents):
+    batch = corpus.documents[done : done + rows]
+    lengths = [len(d) for d in batch]
+    tokens = np.zeros((rows, width), np.int32)
+    for row, document in zip(tokens, batch):
+      row[: len(document)] = document
+    valid = np.arange(width)[None, :] < np.asarray(lengths + [0] * (rows - len(lengths)))[:, None]
+    end = start + sum(lengths)
+    x = decoder.embed(jnp.asarray(tokens))
+    pending = _layer(decoder, x, jnp.int32(0), chunk=chunk)
+    for layer in range(config.layers):
+      x, q, k = pending
+      if layer + 1 < config.layers:  # the device runs ahead while the host sums
+        pending = _layer(decoder, x, jnp.int32(layer + 1), chunk=chunk)
+      _absorb(state, keys[layer, :, start:end], layer, np.asarray(q)[valid], np.asarray(k)[valid])
+    start, done = end, done + len(batch)
+    if time.monotonic() - saved >= save_seconds or done == len(corpus.documents):
+      keys.flush()
+      save_arrays(directory / MOMENTS, state | {"documents": np.asarray(done)})
+      saved = time.monotonic()
+    progress("collect", start, corpus.tokens)
+  return Collected(keys=keys, group=config.group, **state)
+
+
+def _check(corpus: Corpus, vocab: int, context: int) -> None:
+  if not corpus.documents or min(len(d) for d in corpus.documents) == 0:
+    raise UserError("calibration: expected documents of at least one token")
+  longest = max(len(d) for d in corpus.documents)
+  if longest > context:
+    raise UserError(
+      f"calibration: a document has {longest} tokens, the model's context is {context}"
+    )
+  low = min(int(d.min()) for d in corpus.documents)
+  high = max(int(d.max()) for d in corpus.documents)
+  if low < 0 or high >= vocab:
+    raise UserError(f"calibration: token ids must lie in [0, {vocab}), got {low} to {high}")
+
+
+def _resume(directory: Path, shape: tuple[int, ...]) -> tuple[dict[str, np.ndarray], int]:
+  """The sums so far and the documents they cover; zeros for a fresh start."""
+  layers, kv, _, dim = shape
+  fresh = {
+    name: np.zeros((layers, kv, dim, dim) if "square" in name else (layers, kv, dim))
+    for name in ("query_square", "query_sum", "key_square", "key_sum")
+  }
+  size = 2 * int(np.prod(shape))
+  keys, moments = directory / KEYS, directory / MOMENTS
+  if not moments.exists() or not keys.exists() or keys.stat().st_size != size:
+    return fresh, 0
+  found = load_arrays(moments)
+  done = int(found.pop("documents"))
+  return found, done
+
+
+def _absorb(
+  state: dict[str, np.ndarray],
+  keys: np.ndarray,
+  layer: int,
+  q: Float[np.ndarray, "n H D"],
+  k: Float[np.ndarray, "n K D"],
+) -> None:
+  """Add one layer's tokens to the sums, and write its keys to ``keys`` ``[K, n, D]``."""
+  n, kv, dim = k.shape
+  for name, rows in (("query", q.reshape(n, kv, -1, dim)), ("key", k[:, :, None, :])):
+    square, total = _grams(rows)
+    if not np.isfinite(square).all():
+      raise UserError(f"calibration: the model's layer {layer} gives a non-finite {name}")
+    state[f"{name}_square"][layer] += square
+    state[f"{name}_sum"][layer] += total
+  keys[...] = k.transpose(1, 0, 2).astype(_BFLOAT16)

@@ -1,0 +1,204 @@
+"""Train the codebooks of a model: collect, metric, fit, save."""
+
+import dataclasses
+import fcntl
+import importlib.metadata
+import json
+import platform
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from a2ats_jax.codebook import HEADER, Codebook, load_codebooks, make_codebook, save_codebooks
+from a2ats_jax.errors import UserError
+from a2ats_jax.files import claim
+from a2ats_jax.models.model import Model
+from a2ats_jax.rope import make_rope
+from a2ats_jax.typing import Float
+from train_codebooks import report
+from train_codebooks.chain import chain
+from train_codebooks.collect import KEYS, MOMENTS, Collected, collect
+from train_codebooks.fit import Fitted, fit, space_of
+from train_codebooks.kmeans import Space
+from train_codebooks.metric import whiteners
+from train_codebooks.options import TrainOptions
+from train_codebooks.progress import Progress, silent
+from train_codebooks.texts import Corpus, make_corpus
+
+_CHECKPOINTS = "checkpoints"
+
+
+def train(
+  model: Model,
+  options: TrainOptions,
+  directory: Path,
+  *,
+  corpus: Corpus | None = None,
+  progress: Progress = silent,
+  save_seconds: float = 20.0,
+  devices: Sequence[jax.Device] | None = None,
+) -> Codebook:
+  """Train, or finish a run that was cut off, or return what a finished run made.
+
+  The directory ends up with the codebook, ``config.yaml``, ``losses.jsonl`` and ``training.png``.
+  While it runs it also holds the collected keys, ``2 L K N D`` bytes, and checkpoints of at most
+  about ``60 L K C D`` bytes.
+
+  Args:
+    directory: of this run alone, made if need be.
+    corpus: documents to use in place of those the options describe.
+    progress: told after every piece of work.
+    save_seconds: least time between checkpoints; does not change the result.
+    devices: to cut the heads over; all local ones by default.
+
+  Returns:
+    The codebooks of all layers, as :func:`a2ats_jax.codebook.load_codebooks` reads them.
+
+  Raises:
+    UserError: fewer calibration tokens than codewords, text or keys that cannot be used, a
+      directory in use, or one that belongs to a run with other options, model or text.
+    OSError: the disk is full or the directory cannot be written; nothing that loads is left.
+  """
+  if corpus is None:
+    corpus = make_corpus(
+      model.tokenizer,
+      tokens=options.tokens,
+      document_tokens=options.document_tokens,
+      identifiers=options.identifiers,
+      seed=options.seed,
+      text_files=options.text_files,
+    )
+  if corpus.tokens < options.codewords:
+    raise UserError(
+      f"training: {options.codewords} codewords need at least as many calibration tokens, "
+      f"got {corpus.tokens}"
+    )
+  directory.mkdir(parents=True, exist_ok=True)
+  with _locked(directory):
+    claim(directory, _identity(model, options, corpus), results=(HEADER,))
+    if not (directory / HEADER).exists():
+      _run(model, options, corpus, directory, progress, save_seconds, devices)
+    for leftover in (directory / KEYS, directory / MOMENTS, *directory.glob(".*.[0-9]*")):
+      leftover.unlink(missing_ok=True)  # the hidden ones are of writes that were cut off
+    shutil.rmtree(directory / _CHECKPOINTS, ignore_errors=True)
+  book, _ = load_codebooks(
+    directory,
+    fingerprint=model.fingerprint,
+    layers=model.config.layers,
+    kv_heads=model.config.kv_heads,
+    rope=model.config.rope,
+  )
+  return book
+
+
+def _run(
+  model: Model,
+  options: TrainOptions,
+  corpus: Corpus,
+  directory: Path,
+  progress: Progress,
+  save_seconds: float,
+  devices: Sequence[jax.Device] | None,
+) -> None:
+  config, dim = model.config, model.config.head_dim
+  collected = collect(
+    model.decoder, corpus, directory, progress=progress, save_seconds=save_seconds
+  )
+  whitener, repaired = whiteners(
+    options.metric,
+    collected.query_square.reshape(-1, dim, dim),
+    collected.query_sum.reshape(-1, dim),
+    collected.tokens * collected.group,
+    np.asarray(make_rope(config.rope).inv_freq),
+  )
+  space = space_of(collected, whitener)
+  fitted = fit(
+    collected,
+    space,
+    options,
+    directory / _CHECKPOINTS,
+    progress=progress,
+    save_seconds=save_seconds,
+    devices=devices,
+  )
+  fitted = _renumber(fitted, progress)
+  shape = (config.layers, config.kv_heads)
+  book = make_codebook(
+    jnp.asarray(key_space(fitted.codewords, space).reshape(*shape, -1, dim)),
+    jnp.asarray(whitener.reshape(*shape, dim, dim)),
+  )
+  report.write(directory, fitted, config.layers)
+  record = _record(options, corpus, fitted, collected, repaired, config.layers)
+  save_codebooks(directory, book, fingerprint=model.fingerprint, rope=config.rope, training=record)
+
+
+def key_space(codewords: Float[np.ndarray, "M C D"], space: Space) -> Float[np.ndarray, "M C D"]:
+  """Codewords from normalised space back to that of keys, solved in float64."""
+  lower = np.asarray(space.whitener, np.float64).swapaxes(1, 2)
+  solved = np.linalg.solve(lower, codewords.astype(np.float64).swapaxes(1, 2)).swapaxes(1, 2)
+  return (solved + np.asarray(space.mean, np.float64)[:, None]).astype(np.float32)
+
+
+def _renumber(fitted: Fitted, progress: Progress) -> Fitted:
+  codewords, counts = np.empty_like(fitted.codewords), np.empty_like(fitted.counts)
+  total = len(codewords)
+  for head in range(total):
+    order = chain(fitted.codewords[head])
+    codewords[head], counts[head] = fitted.codewords[head][order], fitted.counts[head][order]
+    progress("order", head + 1, total)
+  return dataclasses.replace(fitted, codewords=codewords, counts=counts)
+
+
+def _record(
+  options: TrainOptions,
+  corpus: Corpus,
+  fitted: Fitted,
+  collected: Collected,
+  repaired: Sequence[int],
+  layers: int,
+) -> dict[str, Any]:
+  versions = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "optax", "flax")}
+  return {
+    "options": _plain(dataclasses.asdict(options)),
+    "texts": _plain(corpus.sources),
+    "tokens": collected.tokens,
+    "tokens_sha256": corpus.sha256,
+    "heads_with_repaired_metric": list(repaired),
+    **report.summary(fitted, layers),
+    "versions": versions | {"python": platform.python_version()},
+  }
+
+
+def _plain(x: Any) -> Any:
+  """Tuples as lists: what JSON and YAML give back."""
+  return json.loads(json.dumps(x))
+
+
+def _identity(model: Model, options: TrainOptions, corpus: Corpus) -> dict[str, Any]:
+  """What makes two runs the same run."""
+  return {
+    "model": {"fingerprint": model.fingerprint},
+    "options": _plain(dataclasses.asdict(options)),
+    "calibration": {
+      "texts": _plain(corpus.sources),
+      "tokens": corpus.tokens,
+      "tokens_sha256": corpus.sha256,
+    },
+  }
+
+
+@contextmanager
+def _locked(directory: Path) -> Iterator[None]:
+  """Hold the directory: two runs writing the same files would spoil both."""
+  with open(directory / ".lock", "w") as f:
+    try:
+      fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as e:
+      raise UserError(f"training: another run is at work in {directory}") from e
+    yield
