@@ -145,7 +145,7 @@ def test_a_run_that_was_killed_goes_on_where_it_stopped(tmp_path, rows):
   (cut / "metrics.json").unlink()
   _run(here)
   assert (cut / "metrics.json").read_bytes() == (whole / "metrics.json").read_bytes()
-  with pytest.raises(UserError, match="seed was 0, now 5"):
+  with pytest.raises(UserError, match="seed was 0 and is now 5"):
     _run(_options(**(vars(here) | {"seed": 5})))
 
 
