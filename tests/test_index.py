@@ -1,0 +1,194 @@
+"""The cell index chooses the reference's tokens, ties included, in any physical order."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from a2ats_jax import index as cell_index
+from a2ats_jax.budget import Budget
+from a2ats_jax.methods import selection
+
+B, K, G, CELLS, T, NEW = 2, 2, 3, 12, 24, 8
+SLOTS = T + NEW
+
+
+@partial(jax.jit, static_argnames="order")
+def build(cells, eligible, order="cell"):
+  return cell_index.build(cells, eligible, count=CELLS, slots=SLOTS, order=order)
+
+
+append = jax.jit(cell_index.append)
+
+
+@jax.jit
+def choose_by_cell(index, scores, granted):
+  taken = cell_index.select(index, scores, granted)
+  return taken, cell_index.selected(index, taken)
+
+
+@partial(jax.jit, static_argnames="budget")
+def choose_by_token(scores, cells, eligible, lengths, budget):
+  """The reference: every token with its cell's score."""
+  per_token = jnp.take_along_axis(scores, jnp.repeat(cells, G, axis=1), axis=-1)
+  chosen = selection.choose(per_token[:, None], cells, eligible[:, None], lengths[:, None], budget)
+  return selection.union(chosen, K)[:, 0]
+
+
+@st.composite
+def cases(draw):
+  """Cells skewed or all one, scores with heavy ties and both zeros, ragged rows."""
+  rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+  tokens = draw(st.sampled_from([T, T + NEW]))
+  kind = draw(st.sampled_from(["spread", "skewed", "one"]))
+  if kind == "spread":
+    cells = rng.integers(0, CELLS, (B, K, tokens))
+  elif kind == "skewed":
+    cells = np.minimum(rng.geometric(0.5, (B, K, tokens)) - 1, CELLS - 1)
+  else:
+    cells = np.full((B, K, tokens), CELLS - 1)
+  levels = draw(st.sampled_from([1, 3, 1000]))
+  scores = rng.integers(-levels, levels + 1, (B, K * G, CELLS)) / np.float32(7)
+  scores = np.where(rng.random(scores.shape) < 0.1, np.float32(-0.0), scores)
+  lengths = rng.integers(0, tokens + 1, B)
+  sinks = draw(st.integers(0, 5))
+  slot = np.arange(tokens)
+  eligible = (slot[None] < lengths[:, None]) & (slot[None] >= sinks)
+  budget = draw(st.sampled_from([0, 1, 3, 7, 20, 1000]))
+  return cells.astype(np.int32), scores.astype(np.float32), eligible, budget
+
+
+def reference(cells, scores, eligible, budget):
+  tokens = np.full(B, cells.shape[2], np.int32)
+  return np.asarray(
+    choose_by_token(*map(jnp.asarray, (scores, cells, eligible, tokens)), Budget(tokens=budget))
+  )
+
+
+def in_slots(index_chosen, token, eligible) -> np.ndarray:
+  """Which tokens the chosen slots hold."""
+  out = np.zeros((B, K, eligible.shape[1]), bool)
+  for row, head in np.ndindex(B, K):
+    held = np.asarray(token)[row, head, np.flatnonzero(np.asarray(index_chosen)[row, head])]
+    assert len(set(held.tolist())) == len(held)
+    out[row, head, held] = True
+  return out
+
+
+def assert_consistent(index) -> None:
+  """The invariants of CodeIndex."""
+  for row, head in np.ndindex(B, K):
+    cells, ranks = np.asarray(index.cells)[row, head], np.asarray(index.ranks)[row, head]
+    for cell, count in enumerate(np.asarray(index.counts)[row, head]):
+      assert sorted(ranks[cells == cell]) == list(range(count))
+
+
+def granted(budget):
+  return jnp.full(B, budget, jnp.int32)
+
+
+@pytest.mark.parametrize("order", ["cell", "arrival"])
+@settings(max_examples=60, deadline=None)
+@given(case=cases())
+def test_equals_the_reference(order, case):
+  cells, scores, eligible, budget = case
+  cells, eligible = cells[..., :T], eligible[:, :T]
+  index, token = build(jnp.asarray(cells), jnp.asarray(eligible), order=order)
+  assert_consistent(index)
+  _, chosen = choose_by_cell(index, jnp.asarray(scores), granted(budget))
+  got = in_slots(chosen, token, eligible)
+  np.testing.assert_array_equal(got, reference(cells, scores, eligible, budget))
+
+
+@settings(max_examples=40, deadline=None)
+@given(case=cases())
+def test_equals_the_reference_as_tokens_are_appended(case):
+  """A prompt of T tokens, then one at a time into the slots after it."""
+  cells, scores, eligible, budget = case
+  if cells.shape[2] == T:
+    return
+  index, token = build(jnp.asarray(cells[..., :T]), jnp.asarray(eligible[:, :T]))
+  token = np.concatenate([np.asarray(token), np.zeros((B, K, NEW), np.int32)], axis=-1)
+  for step in range(NEW):
+    slot = np.where(eligible[:, T + step], T + step, -1)
+    index = append(index, jnp.asarray(cells[..., T + step]), jnp.asarray(slot, jnp.int32))
+    token[..., T + step] = T + step
+    assert_consistent(index)
+    seen = eligible & (np.arange(SLOTS) <= T + step)[None]
+    _, chosen = choose_by_cell(index, jnp.asarray(scores), granted(budget))
+    got = in_slots(chosen, token, seen)
+    np.testing.assert_array_equal(got, reference(cells, scores, seen, budget))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+  scores=st.lists(
+    st.floats(width=32, allow_nan=False, allow_subnormal=False), min_size=6, max_size=6
+  ),
+  counts=st.lists(st.integers(0, 9), min_size=6, max_size=6),
+  wanted=st.integers(0, 60),
+)
+@example(scores=[0.0, -0.0, 0.0, -0.0, 0.0, 0.0], counts=[1] * 6, wanted=3)
+@example(scores=[float("inf"), float("-inf"), 3e38, -3e38, 1e-30, -1e-30], counts=[2] * 6, wanted=7)
+def test_cut_is_the_sorted_prefix(scores, counts, wanted):
+  """Against sorting in Python, with any finite or infinite scores."""
+  got = jax.jit(cell_index.cut)(
+    jnp.asarray([[scores]], jnp.float32),
+    jnp.asarray([[counts]], jnp.int32),
+    jnp.asarray([wanted], jnp.int32),
+  )
+  left, want = wanted, [0] * 6
+  for cell in sorted(range(6), key=lambda c: (-np.float32(scores[c]), c)):
+    want[cell] = min(counts[cell], left)
+    left -= want[cell]
+  assert np.asarray(got)[0, 0].tolist() == want
+
+
+def test_a_cells_tokens_lie_side_by_side():
+  rng = np.random.default_rng(3)
+  cells = rng.integers(0, CELLS, (B, K, T)).astype(np.int32)
+  index, _ = build(jnp.asarray(cells), jnp.ones((B, T), bool))
+  in_slot = np.asarray(index.cells)[..., :T]
+  assert np.all(np.diff(in_slot, axis=-1) >= 0)
+  assert np.all(np.asarray(index.cells)[..., T:] == CELLS)
+
+
+def test_pages_hold_what_is_chosen():
+  chosen = np.zeros((1, 1, 12), bool)
+  chosen[0, 0, [1, 2, 11]] = True
+  pages = cell_index.pages_of(jnp.asarray(chosen), 4)
+  assert np.asarray(pages)[0, 0].tolist() == [True, False, True]
+
+
+WRONG = {
+  "the boundary cell whole": lambda better, room, earlier, tied: better + tied,
+  "ties from the last cell": lambda better, room, earlier, tied: (
+    better + jnp.clip(room - (jnp.sum(tied, -1, keepdims=True) - earlier - tied), 0, tied)
+  ),
+  "one token too many": lambda better, room, earlier, tied: (
+    better + jnp.clip(room + 1 - earlier, 0, tied)
+  ),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_wrong_cuts_are_caught(wrong):
+  """The comparison above fails for a cut that settles the boundary otherwise."""
+  rng = np.random.default_rng(0)
+  cells = rng.integers(0, CELLS, (B, K, T)).astype(np.int32)
+  scores = rng.integers(-1, 2, (B, K * G, CELLS)).astype(np.float32)
+  eligible = np.ones((B, T), bool)
+  index, token = build(jnp.asarray(cells), jnp.asarray(eligible))
+  counts = jnp.repeat(index.counts, G, axis=1)
+  top = jnp.max(jnp.asarray(scores), axis=-1, keepdims=True)
+  tied = jnp.where(jnp.asarray(scores) == top, counts, 0)
+  room = jnp.full((B, K * G, 1), 4, jnp.int32)
+  earlier = jnp.cumsum(tied, axis=-1) - tied
+  taken = WRONG[wrong](jnp.zeros_like(tied), room, earlier, tied)
+  taken = jnp.max(taken.reshape(B, K, G, CELLS), axis=2)
+  got = in_slots(cell_index.selected(index, taken), token, eligible)
+  assert not np.array_equal(got, reference(cells, scores, eligible, 4))
