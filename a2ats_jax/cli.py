@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import tyro
 
+from a2ats_jax.bars import Bars
 from a2ats_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -314,48 +315,6 @@ Command = (
   | Annotated[Eval, tyro.conf.subcommand("eval")]
   | Annotated[Demo, tyro.conf.subcommand("demo")]
 )
-
-
-class Bars:
-  """Progress bars on stderr, one for each phase of a run."""
-
-  def __init__(self) -> None:
-    from rich.console import Console
-    from rich.progress import (
-      BarColumn,
-      MofNCompleteColumn,
-      Progress,
-      TextColumn,
-      TimeElapsedColumn,
-      TimeRemainingColumn,
-    )
-
-    self._progress = Progress(
-      TextColumn("{task.description:>9}"),
-      BarColumn(bar_width=24),
-      MofNCompleteColumn(),
-      TimeElapsedColumn(),
-      TimeRemainingColumn(),
-      TextColumn("{task.fields[figures]}"),
-      console=Console(stderr=True),
-    )
-    self._tasks: dict[str, Any] = {}
-
-  def __enter__(self) -> "Bars":
-    self._progress.start()
-    return self
-
-  def __exit__(self, *_: object) -> None:
-    self._progress.stop()
-
-  def __call__(self, phase: str, done: int, total: int, /, **figures: float) -> None:
-    shown = "  ".join(f"{name} {value:.4g}" for name, value in figures.items())
-    task = self._tasks.get(phase)
-    if task is not None and done < self._progress.tasks[task].completed:
-      self._progress.reset(task, total=total)  # a phase that comes again: the next prompt
-    if task is None:
-      task = self._tasks[phase] = self._progress.add_task(phase, total=total, figures="")
-    self._progress.update(task, completed=done, total=total, figures=shown)
 
 
 def _note(line: str) -> None:
