@@ -23,7 +23,7 @@ from a2ats_jax.typing import Array, Bool, Float, Int
 @partial(jax.tree_util.register_dataclass, data_fields=["counts", "cells", "ranks"], meta_fields=[])
 @dataclasses.dataclass(frozen=True)
 class CodeIndex:
-  """The far tokens of one layer, by cell.
+  """The far tokens of one layer, or (leading axis L) of all, by cell.
 
   Invariants: ``counts[c]`` is the number of slots with cell c, and their ranks are 0, 1, ... in the
   order of the tokens' positions. An empty slot has the cell after the last.
@@ -34,9 +34,9 @@ class CodeIndex:
     ranks: its place among the tokens of its cell.
   """
 
-  counts: Int[Array, "B K cells"]
-  cells: Int[Array, "B K slots"]
-  ranks: Int[Array, "B K slots"]
+  counts: Int[Array, "*L B K cells"]
+  cells: Int[Array, "*L B K slots"]
+  ranks: Int[Array, "*L B K slots"]
 
 
 def build(

@@ -1,0 +1,146 @@
+"""Pages of keys and values, in host or device memory. The only file that names a memory kind.
+
+A page holds the keys and then the values of P tokens of one KV head, side by side, so that one copy
+brings both. All layers lie in one array, so that a scan over layers never takes a layer out of it.
+Data moves by whole pages: blocks are written, rows are gathered, nothing is scattered.
+"""
+
+import dataclasses
+from functools import partial
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from a2ats_jax.errors import UserError
+from a2ats_jax.typing import Array, Float, Int
+
+Placement = Literal["auto", "host", "device"]
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["pages"], meta_fields=["page", "host"])
+@dataclasses.dataclass(frozen=True)
+class KVStore:
+  """Pages of every layer, row and KV head.
+
+  Attributes:
+    pages: ``2 P D`` numbers a page: P keys, then P values.
+    page: P, tokens a page.
+    host: whether the pages lie in host memory.
+  """
+
+  pages: Float[Array, "L B K N page_numbers"]
+  page: int
+  host: bool
+
+
+def host_memory() -> bool:
+  """Whether the default backend has a host memory that its programs can address."""
+  kinds = {memory.kind for memory in jax.devices()[0].addressable_memories()}
+  return "pinned_host" in kinds
+
+
+def open_store(
+  *,
+  layers: int,
+  batch: int,
+  kv_heads: int,
+  head_dim: int,
+  slots: int,
+  page: int,
+  dtype: DTypeLike,
+  placement: Placement = "auto",
+) -> KVStore:
+  """An empty store.
+
+  Args:
+    slots: tokens of each row and KV head, a multiple of ``page``.
+    placement: ``auto`` is host memory where the backend has it, device memory elsewhere; the
+      store says which in ``host``.
+
+  Raises:
+    UserError: host memory was asked for and there is none, or slots are no whole pages.
+  """
+  if slots % page:
+    raise UserError(f"store: {slots} slots are not a whole number of pages of {page}")
+  if placement == "host" and not host_memory():
+    raise UserError(f"store: backend {jax.default_backend()!r} has no host memory kind")
+  host = host_memory() if placement == "auto" else placement == "host"
+  pages = jnp.zeros((layers, batch, kv_heads, slots // page, 2 * page * head_dim), dtype)
+  return KVStore(_to(pages, host), page, host)
+
+
+def _to(x: Array, host: bool) -> Array:
+  return jax.device_put(x, jax.memory.Space.Host if host else jax.memory.Space.Device)
+
+
+def _paged(
+  k: Float[Array, "B K T D"], v: Float[Array, "B K T D"], page: int
+) -> Float[Array, "B K N page_numbers"]:
+  b, kv_heads, t, d = k.shape
+  both = jnp.stack([x.reshape(b, kv_heads, t // page, page, d) for x in (k, v)], axis=3)
+  return both.reshape(b, kv_heads, t // page, 2 * page * d)
+
+
+def write_prompt(
+  store: KVStore, k: Float[Array, "B K T D"], v: Float[Array, "B K T D"], *, layer: int | Array
+) -> KVStore:
+  """Write the first pages of a layer, T tokens of every row and KV head, as one block.
+
+  Args:
+    k, v: in the order of their slots; T a multiple of the page.
+  """
+  block = _paged(k, v, store.page).astype(store.pages.dtype)[None]
+  start = (layer, 0, 0, 0, 0)
+  return dataclasses.replace(
+    store, pages=jax.lax.dynamic_update_slice(store.pages, _to(block, store.host), start)
+  )
+
+
+def write_page(
+  store: KVStore,
+  k: Float[Array, "B K P D"],
+  v: Float[Array, "B K P D"],
+  page: Int[Array, "B"],
+  *,
+  layer: int | Array,
+) -> KVStore:
+  """Write one page of every row; -1 leaves a row as it is.
+
+  A row at a time: rows may stand at different pages, and a block is a copy where a scatter on host
+  memory would not compile.
+  """
+  pages = store.pages
+  blocks = _paged(k, v, store.page).astype(pages.dtype)
+  for row in range(k.shape[0]):
+    at = (layer, row, 0, jnp.maximum(page[row], 0), 0)
+    old = _to(jax.lax.dynamic_slice(pages, at, (1, 1, *blocks.shape[1:])), False)
+    new = jnp.where(page[row] < 0, old, blocks[row][None, None])
+    pages = jax.lax.dynamic_update_slice(pages, _to(new, store.host), at)
+  return dataclasses.replace(store, pages=pages)
+
+
+def fetch(
+  store: KVStore, ids: Int[Array, "B K F"], *, layer: int | Array
+) -> tuple[Float[Array, "B K T D"], Float[Array, "B K T D"]]:
+  """Keys and values of F pages for every row and KV head, on the device.
+
+  Temporary memory is that of the pages fetched, whatever the store holds.
+
+  Args:
+    ids: 0 .. N - 1.
+
+  Returns:
+    Keys and values of ``F P`` tokens, page after page.
+  """
+  layers, b, kv_heads, pages, numbers = store.pages.shape
+  f, d = ids.shape[2], numbers // (2 * store.page)
+  rows = jnp.arange(b, dtype=jnp.int32)[:, None, None]
+  heads = jnp.arange(kv_heads, dtype=jnp.int32)[None, :, None]
+  flat = ((layer * b + rows) * kv_heads + heads) * pages + ids
+  table = store.pages.reshape(layers * b * kv_heads * pages, numbers)
+  got = table.at[_to(flat.reshape(-1), store.host)].get(mode="promise_in_bounds")
+  got = _to(got, False).reshape(b, kv_heads, f, 2, store.page, d)
+  shape = (b, kv_heads, f * store.page, d)
+  return got[:, :, :, 0].reshape(shape), got[:, :, :, 1].reshape(shape)

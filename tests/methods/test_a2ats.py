@@ -1,0 +1,189 @@
+"""A2ATS in pages against the reference: the same tokens, the same output, at every step."""
+
+import dataclasses
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from a2ats_jax import store as paged
+from a2ats_jax.errors import UserError
+from a2ats_jax.methods.a2ats import A2ATS
+from a2ats_jax.methods.a2ats_reference import A2ATSReference
+from tests import cases
+from tests.methods.test_a2ats_reference import OPTIONS, caches
+
+# Long enough to fill pages, wrap the ring and open later segments.
+LONG = cases.Shape(
+  batch=3, layers=2, heads=4, kv_heads=2, head_dim=8, codewords=6, prompt=40, new=30
+)
+CHECKED = (0, 1, 5, 11, 17, 29)  # steps
+
+
+def steps_of(method, cache, count=30):
+  """Layer 1 of every step: positions, output, statistics, and the last state."""
+  layer = jnp.asarray(1, jnp.int32)
+  state = cases.prefilled(method, cache)
+  for i in range(count):
+    positions = cases.step_positions(cache, i)
+    out, state, stats, _ = cases.attend(
+      method,
+      state,
+      *cases.tokens_at(cache, 1, positions),
+      jnp.asarray(positions),
+      cache.rope,
+      layer,
+    )
+    yield i, out, stats, state
+
+
+def assert_same(fast, reference, cache, count=30):
+  """Equal counts of tokens, close outputs."""
+  for (i, out, stats, _), (_, want, told, _) in zip(
+    steps_of(fast, cache, count), steps_of(reference, cache, count), strict=True
+  ):
+    for name in ("length", "selected", "read"):
+      np.testing.assert_array_equal(getattr(stats, name), getattr(told, name), f"{name}, step {i}")
+    np.testing.assert_allclose(out, want, atol=cases.TOLERANCE, rtol=0, err_msg=f"step {i}")
+    np.testing.assert_allclose(stats.tail, told.tail, atol=cases.TOLERANCE, rtol=0)
+    assert not np.any(stats.dropped)
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@settings(max_examples=3, deadline=None)
+@given(data=st.data())
+def test_equals_the_reference(options, data):
+  """Thirty steps of ragged rows, through page ends and later segments."""
+  cache = data.draw(caches(LONG))
+  reference = A2ATSReference(codebook=cache.book, **OPTIONS[options])
+  assert_same(A2ATS(codebook=cache.book, page=4, **OPTIONS[options]), reference, cache)
+
+
+@pytest.mark.parametrize(
+  "changes",
+  [{"order": "arrival"}, {"placement": "device"}, {"placement": "host"}, {"page": 1}, {"page": 16}],
+  ids=str,
+)
+def test_layout_does_not_change_the_output(changes):
+  cache = cases.draw_cache(LONG, seed=3, lengths=[40, 17, 1], style="skewed")
+  options = OPTIONS["tail of segments"]
+  reference = A2ATSReference(codebook=cache.book, **options)
+  method = A2ATS(codebook=cache.book, **{"page": 4} | options | changes)
+  assert_same(method, reference, cache, 12)
+
+
+def test_sorting_by_cell_fetches_fewer_pages():
+  """What the physical order is for."""
+  cache = cases.draw_cache(LONG, seed=3, lengths=[40, 40, 40], style="skewed")
+  pages = {}
+  for order in ("cell", "arrival"):
+    method = A2ATS(codebook=cache.book, page=4, order=order, **OPTIONS["published"])
+    pages[order] = sum(int(stats.pages.sum()) for _, _, stats, _ in steps_of(method, cache, 3))
+  assert pages["cell"] < pages["arrival"]
+
+
+def test_the_fetch_bound_drops_and_says_so():
+  """Never more pages than allowed; granted tokens are read or counted as dropped."""
+  cache = cases.draw_cache(LONG, seed=5, lengths=[40, 31, 22])
+  options = OPTIONS["everything"]
+  free = A2ATS(codebook=cache.book, page=4, **options)
+  bound = dataclasses.replace(free, fetch=3)
+  dropped = 0
+  for (_, _, stats, _), (_, _, wanted, _) in zip(
+    steps_of(bound, cache, 8), steps_of(free, cache, 8), strict=True
+  ):
+    assert np.all(np.asarray(stats.pages) <= 3)
+    np.testing.assert_array_equal(stats.selected + stats.dropped, wanted.selected)
+    dropped += int(stats.dropped.sum())
+  assert dropped > 0
+
+
+def test_a_bound_that_is_never_reached_changes_nothing():
+  cache = cases.draw_cache(LONG, seed=5, lengths=[40, 31, 22])
+  free = A2ATS(codebook=cache.book, page=4, **OPTIONS["published"])
+  wide = dataclasses.replace(free, fetch=17)
+  for (_, out, _, _), (_, want, _, _) in zip(
+    steps_of(wide, cache, 8), steps_of(free, cache, 8), strict=True
+  ):
+    np.testing.assert_allclose(out, want, atol=1e-6, rtol=0)
+
+
+def test_tokens_at_once_equal_one_by_one():
+  cache = cases.draw_cache(LONG, seed=7, lengths=[40, 12, 5])
+  method = A2ATS(codebook=cache.book, page=4, **OPTIONS["tail of segments"])
+  layer = jnp.asarray(1, jnp.int32)
+  positions = cases.step_positions(cache, 0, 9)
+  tokens = cases.tokens_at(cache, 1, positions)
+  start = cases.prefilled(method, cache)
+  at_once = cases.attend(method, start, *tokens, jnp.asarray(positions), cache.rope, layer)
+  singles = list(steps_of(method, cache, 9))
+  outs = jnp.concatenate([out for _, out, _, _ in singles], axis=1)
+  np.testing.assert_allclose(at_once[0], outs, atol=cases.TOLERANCE, rtol=0)
+  cases.assert_close(at_once[1], singles[-1][3], 1e-5)
+
+
+def test_padding_is_neither_stored_nor_attended():
+  """A row at position -1 keeps its cache and gives zeros and empty statistics."""
+  cache = cases.draw_cache(LONG, seed=9, lengths=[40, 12, 5])
+  method = A2ATS(codebook=cache.book, page=4, **OPTIONS["tail of segments"])
+  layer = jnp.asarray(1, jnp.int32)
+  *_, (_, _, _, state) = steps_of(method, cache, 3)
+  positions = cases.step_positions(cache, 3)
+  tokens = cases.tokens_at(cache, 1, positions)
+  idle = positions.copy()
+  idle[1] = -1
+  run = partial(cases.attend, method, state, *tokens, rope=cache.rope, layer=layer)
+  want, _, _, _ = run(positions=jnp.asarray(positions))
+  out, after, stats, _ = run(positions=jnp.asarray(idle))
+  np.testing.assert_array_equal(out[1], 0)
+  np.testing.assert_array_equal(out[jnp.asarray([0, 2])], want[jnp.asarray([0, 2])])
+  assert all(not np.any(np.asarray(x)[1]) for x in jax.tree.leaves(stats))
+  for name in ("store", "index", "sinks", "ring", "codes", "sums", "members"):
+    pairs = zip(jax.tree.leaves(getattr(state, name)), jax.tree.leaves(getattr(after, name)))
+    for before, now in pairs:
+      np.testing.assert_array_equal(np.asarray(before)[:, 1], np.asarray(now)[:, 1], name)
+
+
+def test_pages_lie_in_host_memory():
+  cache = cases.draw_cache(LONG, seed=9, lengths=[40, 12, 5])
+  for placement, kind in (("host", "pinned_host"), ("device", "device"), ("auto", "pinned_host")):
+    method = A2ATS(codebook=cache.book, placement=placement, **OPTIONS["published"])
+    state = jax.jit(lambda m: m.init(LONG.geometry))(method)
+    assert state.store.pages.sharding.memory_kind == kind
+
+
+@pytest.mark.parametrize("options", [{"window": 0}, {"page": 0}, {"fetch": -1}])
+def test_impossible_options_are_refused(options):
+  with pytest.raises(UserError):
+    A2ATS(codebook=cases.books(LONG), **OPTIONS["published"] | options)
+
+
+# --- wrong variants -----------------------------------------------------------------------------
+
+
+def stale_page(store, k, v, page, *, layer):
+  """Forgets to write."""
+  return store
+
+
+def page_off_by_one(store, k, v, page, *, layer):
+  return paged_write(store, k, v, jnp.where(page < 0, page, jnp.maximum(page - 1, 0)), layer=layer)
+
+
+paged_write = paged.write_page
+
+
+@pytest.mark.parametrize("wrong", [stale_page, page_off_by_one])
+def test_wrong_pages_are_caught(monkeypatch, wrong):
+  """The comparison with the reference fails when a page is not written, or elsewhere."""
+  cache = cases.draw_cache(LONG, seed=11, lengths=[40, 23, 9])
+  options = OPTIONS["everything"]
+  reference = A2ATSReference(codebook=cache.book, **options)
+  monkeypatch.setattr(paged, "write_page", wrong)
+  method = A2ATS(codebook=cache.book, page=8, **options)  # no other test compiles this page
+  with pytest.raises(AssertionError, match="step"):
+    assert_same(method, reference, cache, 12)
