@@ -5,6 +5,7 @@ from a2ats_jax.codebook import Codebook, encode, load_codebooks, make_codebook, 
 from a2ats_jax.errors import UserError
 from a2ats_jax.far import FarPosition
 from a2ats_jax.generate import decode_step, greedy, pad_prompts, prefill
+from a2ats_jax.methods.a2ats import A2ATS
 from a2ats_jax.methods.a2ats_reference import A2ATSReference
 from a2ats_jax.methods.base import Geometry, Method, PromptLayer, Stats
 from a2ats_jax.methods.full import Full
@@ -13,6 +14,7 @@ from a2ats_jax.models.model import Model, load_model
 from a2ats_jax.rope import Rope, RopeConfig, make_rope, rotate, windowed_logits
 
 __all__ = [
+  "A2ATS",
   "A2ATSReference",
   "Budget",
   "Codebook",

@@ -14,6 +14,7 @@ from a2ats_jax.budget import Budget
 from a2ats_jax.codebook import Codebook
 from a2ats_jax.errors import UserError
 from a2ats_jax.far import FarPosition
+from a2ats_jax.methods.a2ats import A2ATS
 from a2ats_jax.methods.a2ats_reference import A2ATSReference
 from a2ats_jax.methods.base import Method
 from a2ats_jax.methods.full import Full
@@ -86,11 +87,15 @@ def read_count(text: str) -> int:
   return int(text)
 
 
-def read_tail(text: str) -> str:
-  """``none`` or ``centroid``."""
-  if text not in ("none", "centroid"):
-    raise UserError(f"expected none or centroid, got {text!r}")
-  return text
+def one_of(*names: str) -> Callable[[str], str]:
+  """A reader of one of these names."""
+
+  def read(text: str) -> str:
+    if text not in names:
+      raise UserError(f"expected {' or '.join(names)}, got {text!r}")
+    return text
+
+  return read
 
 
 def read_far(text: str) -> FarPosition:
@@ -127,7 +132,7 @@ BOOK: Mapping[str, Option] = MappingProxyType(
 def _a2ats(summary: str, *, far: str, tail: str) -> Entry:
   options = {
     "far": Option(default=far, read=read_far),
-    "tail": Option(default=tail, read=read_tail),
+    "tail": Option(default=tail, read=one_of("none", "centroid")),
     **NEAR,
     **BOOK,
   }
@@ -151,8 +156,22 @@ METHODS: Table = MappingProxyType(
       far="segments(8)",
       tail="centroid",
     ),
-    "a2ats_reference": _a2ats(
-      "A2ATS in reference form whatever serves a2ats", far="constant(2048)", tail="none"
+    "a2ats-paged": Entry(
+      summary="A2ATS with its far tokens in host pages: same tokens, bounded transfers",
+      build=A2ATS,
+      takes_codebook=True,
+      options=MappingProxyType(
+        {
+          "far": Option(default="constant(2048)", read=read_far),
+          "tail": Option(default="none", read=one_of("none", "centroid")),
+          "page": Option(default="16", read=read_count),
+          "fetch": Option(default="0", read=read_count),
+          "order": Option(default="cell", read=one_of("cell", "arrival")),
+          "placement": Option(default="auto", read=one_of("auto", "host", "device")),
+          **NEAR,
+          **BOOK,
+        }
+      ),
     ),
   }
 )
