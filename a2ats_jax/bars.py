@@ -38,12 +38,10 @@ class Bars:
     self._tasks: dict[str, TaskID] = {}
 
   def __enter__(self) -> "Bars":
-    if self._progress.console.is_terminal:
-      self._progress.start()
     return self
 
   def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
-    if self._progress.console.is_terminal:
+    if self._tasks:
       self._progress.stop()
 
   def __call__(self, phase: str, done: int, total: int, /, **figures: float) -> None:
@@ -52,6 +50,8 @@ class Bars:
         self._told = time.monotonic()
         self._progress.console.print(f"{phase} {done}/{total}", *_figures(figures))
       return
+    if not self._tasks:
+      self._progress.start()  # not before: an error may come first, and wants no empty bar
     shown = "  ".join(_figures(figures))
     task = self._tasks.get(phase)
     if task is not None and done < self._progress.tasks[task].completed:

@@ -58,7 +58,7 @@ class Budget:
     lengths = np.arange(longest + 1)
     if self.ratio is not None:
       return (self.ratio * lengths.astype(np.float64)).astype(np.int32)
-    return np.minimum(lengths, self.tokens or 0).astype(np.int32)
+    return np.minimum(lengths, min(self.tokens or 0, longest)).astype(np.int32)
 
   def __str__(self) -> str:
     return str(self.tokens) if self.tokens is not None else repr(self.ratio)

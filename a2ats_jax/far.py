@@ -15,6 +15,8 @@ import numpy as np
 from a2ats_jax.errors import UserError
 from a2ats_jax.typing import Array, Int
 
+MOST_SEGMENTS = 4096  # of a prompt: each is a table of scores
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FarPosition:
@@ -44,8 +46,11 @@ class FarPosition:
     Ours, not the paper's. The ranges of the prompt are log-spaced by distance from its end; the
     last ``window`` tokens of the prompt already belong to the first later range.
     """
-    if count < 1 or span < 1:
-      raise UserError(f"far position: segments and span must be at least 1, got {count} and {span}")
+    if not 1 <= count <= MOST_SEGMENTS or span < 1:
+      raise UserError(
+        f"far position: expected 1 to {MOST_SEGMENTS} segments and a span of at least 1 token, got "
+        f"{count} and {span}"
+      )
     return cls(prompt_segments=count, span=span)
 
   def count(self, window: int, new: int) -> int:

@@ -1,7 +1,9 @@
 """Files that are whole or absent, and directories that belong to one run."""
 
+import fcntl
 import os
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,7 @@ import yaml
 
 from a2ats_jax.errors import UserError
 
-CONFIG = "config.yaml"
+CONFIG, LOCK = "config.yaml", ".lock"
 
 
 def write_atomically(path: Path, data: bytes | str) -> None:
@@ -56,9 +58,12 @@ def claim(directory: Path, config: Mapping[str, Any], *, results: Iterable[str])
     write_atomically(path, yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True))
     return
   try:
-    found = dict(_flat(yaml.safe_load(path.read_text(encoding="utf-8"))))
+    there = yaml.safe_load(path.read_text(encoding="utf-8"))
   except (OSError, ValueError, yaml.YAMLError) as e:
     raise UserError(f"{path}: is not readable YAML; choose another directory") from e
+  if not isinstance(there, dict):
+    raise UserError(f"{path}: is empty or damaged; choose another directory")
+  found = dict(_flat(there))
   wanted, absent = dict(_flat(config)), object()
   keys = [*wanted, *(key for key in found if key not in wanted)]
   differ = [
@@ -72,6 +77,21 @@ def claim(directory: Path, config: Mapping[str, Any], *, results: Iterable[str])
       f"{directory}: belongs to another run: {'; '.join(differ[:3])}{more}; choose another "
       "directory, or remove this one to start over"
     )
+
+
+@contextmanager
+def locked(directory: Path) -> Iterator[None]:
+  """Hold a run's directory: two runs writing the same files would spoil both.
+
+  Raises:
+    UserError: another process holds it.
+  """
+  with open(directory / LOCK, "w") as file:
+    try:
+      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+      raise UserError(f"{directory}: another run is at work there") from None
+    yield
 
 
 def _flat(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -127,7 +127,7 @@ def prefill(
   """Run prompts through the model, layer by layer over their whole length.
 
   Attention is exact and chunked; beside the method's state the device holds one layer's keys and
-  values. No array is larger than chunk x chunk per head.
+  values. Nothing has T x T elements.
 
   Args:
     tokens, lengths: from :func:`pad_prompts`.
@@ -163,7 +163,8 @@ def decode_step(
   """Append S tokens to every row and return the logits after each.
 
   Args:
-    positions: of the tokens; -1 for a row or place that takes no token.
+    positions: of the tokens, each row's going up by one; -1 for a row or place that takes no
+      token. The state has room for as many as its prefill was told (``new``): later ones are lost.
 
   Returns:
     Logits, the new state, and the method's statistics with a leading layer axis.

@@ -68,7 +68,7 @@ def demo(
   kinds = (held_out,)
   rows = fidelity.run(model, options, kinds, codebooks={DEFAULT_BOOK: book}, progress=progress)
   draw(answers, rows, out / "demo.png")
-  report(model, answers, rows, Console())
+  report(answers, rows, tables.console())
   note(f"{time.perf_counter() - started:.0f} s in all; plot and results in {out}")
 
 
@@ -139,7 +139,7 @@ def _timed(model, case: Case, recording, last: int, lengths):
   return generated, stats, seconds
 
 
-def report(model: Model, answers: Sequence[Row], rows: Sequence[Row], console: Console) -> None:
+def report(answers: Sequence[Row], rows: Sequence[Row], console: Console) -> None:
   """The two tables."""
   first = answers[0]
   console.print(
@@ -183,7 +183,7 @@ def draw(answers: Sequence[Row], rows: Sequence[Row], path: Path) -> None:
   axis.set(
     xscale="log",
     yscale="log",
-    xlabel="share of far tokens read (after the union over a group)",
+    xlabel="share of the cache chosen (after the union over a group)",
     ylabel="KL(full || method), nats a token",
   )
   axis.set_title(f"needle found by: {found or 'none'}", fontsize="small")

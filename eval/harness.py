@@ -2,10 +2,13 @@
 
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from typing import Protocol, runtime_checkable
 
+from a2ats_jax.errors import UserError
+from a2ats_jax.files import locked
 from eval.options import Case, Progress
-from eval.results import Row, Run
+from eval.results import PREDICTIONS, Row, Run
 
 
 @runtime_checkable
@@ -61,6 +64,9 @@ def run_units(
     measure: a batch to one line a prompt; it calls its second argument after each case.
   """
   phase = str(run.config["benchmark"])
+  for line in run.lines:
+    if len(line["results"]) != len(cases):
+      raise UserError(f"{run.out}: {PREDICTIONS} is damaged; give another directory")
   keys = {unit: [(unit.task, unit.T, i) for i in unit.indices] for unit in units}
   there = {_key(line) for line in run.lines}
   done = {unit for unit in units if there.issuperset(keys[unit])}
@@ -76,9 +82,10 @@ def run_units(
 
   if progress is not None:
     progress(phase, steps, total)
-  for unit in units:
-    if unit not in done:
-      run.append(measure(unit, step))
+  with nullcontext() if run.out is None else locked(run.out):
+    for unit in units:
+      if unit not in done:
+        run.append(measure(unit, step))
 
 
 def grouped(

@@ -58,7 +58,8 @@ def reading(stats: Figures, row: int, *, token_bytes: int) -> dict[str, float]:
   Returns:
     ``read`` and ``selected``: fractions of the cached tokens, with and without sinks and window,
     mean over layers, KV heads and steps. ``moved_bytes``: keys and values of selected tokens per
-    step, summed over layers and KV heads. ``tail``: mean share of attention that was estimated.
+    step, summed over layers and KV heads; of full
+    attention those of every token. ``tail``: mean share of attention that was estimated.
     Empty for a method with other statistics.
   """
   if not {"length", "selected", "read", "tail"} <= stats.keys():

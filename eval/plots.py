@@ -64,7 +64,8 @@ def plot(rows: Sequence[Row], path: Path, *, y: str, x: str = "budget") -> None:
     elif y in _SHARES:
       axis.set_ylim(-0.03, 1.03)
     axis.grid(alpha=0.3)
-    axis.legend(fontsize="small")
+    if axis.get_legend_handles_labels()[0]:
+      axis.legend(fontsize="small")
   figure.savefig(path, dpi=120)
 
 

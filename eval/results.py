@@ -19,6 +19,8 @@ from a2ats_jax.files import claim, write_atomically
 
 PREDICTIONS, METRICS = "predictions.jsonl", "metrics.json"
 
+KEYS = frozenset({"task", "T", "index", "results"})  # of every line
+
 Row = dict[str, Any]
 Key = tuple[Any, ...]
 
@@ -86,15 +88,20 @@ def _read_lines(path: Path) -> list[Row]:
     return []
   text = path.read_text(encoding="utf-8", errors="replace")
   whole = text[: text.rfind("\n") + 1]
+  damaged = f"{path}: is damaged, a line in it is not of a finished prompt; give another directory"
   try:
     lines = [json.loads(line) for line in whole.splitlines()]
   except ValueError as error:
-    raise UserError(
-      f"{path}: is damaged, a line in it is not JSON; give another directory"
-    ) from error
+    raise UserError(damaged) from error
+  if not all(isinstance(line, dict) and line.keys() >= KEYS for line in lines):
+    raise UserError(damaged)
   if whole != text:
     write_atomically(path, whole)
-  return lines
+  # Two runs that met on one directory may have written a prompt twice: the first line counts.
+  first: dict[Key, Row] = {}
+  for line in lines:
+    first.setdefault((line["task"], line["T"], line["index"]), line)
+  return list(first.values())
 
 
 def dump(line: Mapping[str, Any]) -> str:

@@ -1,9 +1,11 @@
 """Rows for people and for programs."""
 
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
+from rich.console import Console
 from rich.table import Table
 
 from eval.results import Row, dump
@@ -11,7 +13,7 @@ from eval.results import Row, dump
 COLUMNS: Mapping[str, tuple[str, ...]] = MappingProxyType(
   {
     "fidelity": ("selected", "kl", "kl_se", "top1", "ppl", "moved_bytes", "tail"),
-    "recall": ("selected", "mass", "far_mass", "topk_recall", "mass_se"),
+    "recall": ("selected", "mass", "mass_se", "far_mass", "topk_recall"),
     "needle": ("selected", "score", "score_se", "moved_bytes"),
   }
 )
@@ -27,6 +29,11 @@ HEADS: Mapping[str, str] = MappingProxyType(
     "far_mass": "far mass",
   }
 )
+
+
+def console() -> Console:
+  """Stdout; as wide as tables want where it is no terminal."""
+  return Console() if sys.stdout.isatty() else Console(width=200)
 
 
 def json_lines(rows: Iterable[Row]) -> Iterable[str]:

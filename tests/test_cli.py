@@ -121,6 +121,7 @@ def test_benchmarks_write_and_print_rows(capfd, model_dir, books, prose, tmp_pat
     *("eval", benchmark, "--model", model_dir, "--codebook", books, "--text", prose),
     *("--T", 512, "--budget", "0.1", "--limit", 1, "--new", 2, "--out", out_dir, "--json"),
     *("--methods", "a2ats,a2ats-plus"),
+    *(("--haystacks", "prose") if benchmark == "needle" else ()),
   )
   assert code == 0, err
   rows = [json.loads(line) for line in out.splitlines()]
@@ -261,12 +262,13 @@ def test_every_preset_is_understood(path, monkeypatch, capfd):
 
 def test_typed_options_win_over_the_file(tmp_path):
   path = tmp_path / "options.yaml"
-  path.write_text("seed: 3\njson: true\ntext: [a, b]\n")
-  got = cli.expand(["train", "--config", str(path), "--seed", "4"])
-  assert got == ["train", "--seed", "3", "--json", "--text", "a", "b", "--seed", "4"]
+  path.write_text("seed: 3\njson: true\ntext: [a, b]\nout: null\nno-guard: false\n")
+  want = ["train", "--seed", "3", "--json", "--text", "a", "b", "--seed", "4"]
+  assert cli.expand(["train", "--config", str(path), "--seed", "4"]) == want
+  assert cli.expand(["train", f"--config={path}", "--seed", "4"]) == want
 
 
-@pytest.mark.parametrize("text", ["- a\n", "a: [\n", None])
+@pytest.mark.parametrize("text", ["- a\n", "a: [\n", "seed: {a: 1}\n", None])
 def test_config_files_that_cannot_be_read(capfd, tmp_path, text):
   path = tmp_path / "bad.yaml"
   if text is not None:

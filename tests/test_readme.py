@@ -12,6 +12,13 @@ from a2ats_jax.codebook import make_codebook, save_codebooks
 README = Path(__file__).parent.parent / "README.md"
 
 
+def test_links_lead_somewhere_and_nothing_is_left_to_fill_in():
+  text = README.read_text()
+  assert "@@" not in text
+  for target in re.findall(r"\]\((?!https?://)([^)#]+)\)", text):
+    assert (README.parent / target).exists(), target
+
+
 def test_the_example_runs(tmp_path, monkeypatch, capsys):
   """With the real model; random codebooks stand in for those that `make demo` trains."""
   (example,) = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)

@@ -9,6 +9,8 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from a2ats_jax.errors import UserError
+
 _KEEP = 2
 
 
@@ -32,11 +34,20 @@ class Checkpoints:
 
     Args:
       like: a state of the same structure and shapes.
+
+    Raises:
+      UserError: it cannot be read.
     """
     step = self._manager.latest_step()
     if step is None:
       return 0, like
-    state = self._manager.restore(step, args=ocp.args.StandardRestore(like))
+    try:
+      state = self._manager.restore(step, args=ocp.args.StandardRestore(like))
+    except Exception as e:  # orbax and what lies below it raise many kinds
+      raise UserError(
+        f"{self._manager.directory}: step {step} is damaged; remove the directory to start the "
+        "phase over"
+      ) from e
     return step, _writable(state)
 
 

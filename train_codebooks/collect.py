@@ -9,6 +9,7 @@ below the largest and would drown in a float32 sum.
 import dataclasses
 import os
 import time
+import zipfile
 from functools import partial
 from pathlib import Path
 
@@ -190,8 +191,13 @@ def _resume(directory: Path, shape: tuple[int, ...]) -> tuple[dict[str, np.ndarr
   keys, moments = directory / KEYS, directory / MOMENTS
   if not moments.exists() or not keys.exists() or keys.stat().st_size != size:
     return fresh, 0
-  found = load_arrays(moments)
-  done = int(found.pop("documents"))
+  try:
+    found = load_arrays(moments)
+    done = int(found.pop("documents"))
+  except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile):
+    return fresh, 0  # damaged: what it held is collected again
+  if {k: v.shape for k, v in found.items()} != {k: v.shape for k, v in fresh.items()}:
+    return fresh, 0
   return found, done
 
 

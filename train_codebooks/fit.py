@@ -256,13 +256,13 @@ def fit(
   best = lloyd
   fallback: tuple[int, ...] = ()
   if plain is not None:
-    worse = plain.losses[-1] < lloyd.losses[-1]
+    worse = ~(lloyd.losses[-1] <= plain.losses[-1])  # a loss that is no number is worse too
     fallback = tuple(int(i) for i in np.flatnonzero(worse))
     pick = worse[:, None]
     best = Polished(
       codewords=np.where(pick[..., None], plain.codewords, lloyd.codewords),
       counts=np.where(pick, plain.counts, lloyd.counts),
-      losses=np.minimum(plain.losses[-1:], lloyd.losses[-1:]),
+      losses=np.where(worse, plain.losses[-1:], lloyd.losses[-1:]),
       alive=lloyd.alive[-1:],
     )
   return Fitted(

@@ -62,9 +62,11 @@ class TrainOptions:
       raise UserError(f"training: at most {MAX_CODEWORDS} codewords, got {self.codewords}")
     if not 0 <= self.identifiers <= 1:
       raise UserError(f"training: identifiers is a share from 0 to 1, got {self.identifiers}")
-    if not self.learning_rate > 0:
-      raise UserError(f"training: learning_rate must be positive, got {self.learning_rate}")
-    if not self.tolerance >= 0:
-      raise UserError(f"training: tolerance must be 0 or more, got {self.tolerance}")
+    if not 0 < self.learning_rate < float("inf"):
+      raise UserError(
+        f"training: learning_rate must be positive and finite, got {self.learning_rate}"
+      )
+    if not 0 <= self.tolerance < float("inf"):
+      raise UserError(f"training: tolerance must be 0 or more and finite, got {self.tolerance}")
     if self.seeding not in ("kmeans++", "sampled"):
       raise UserError(f"training: seeding is 'kmeans++' or 'sampled', got {self.seeding!r}")

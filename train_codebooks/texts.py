@@ -112,7 +112,7 @@ def read_text(path: str | Path) -> Text:
     raise UserError(f"text {path}: cannot be read: {e.strerror}") from e
   if not text.strip():
     raise UserError(f"text {path}: expected some text, the file is empty")
-  return Text(str(path), text)
+  return Text(Path(path).name, text)
 
 
 def cut(

@@ -1,13 +1,11 @@
 """Train the codebooks of a model: collect, metric, fit, save."""
 
 import dataclasses
-import fcntl
 import importlib.metadata
 import json
 import platform
 import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +15,7 @@ import numpy as np
 
 from a2ats_jax.codebook import HEADER, Codebook, load_codebooks, make_codebook, save_codebooks
 from a2ats_jax.errors import UserError
-from a2ats_jax.files import claim
+from a2ats_jax.files import claim, locked
 from a2ats_jax.models.model import Model
 from a2ats_jax.rope import make_rope
 from a2ats_jax.typing import Float
@@ -79,8 +77,11 @@ def train(
       f"training: {options.codewords} codewords need at least as many calibration tokens, "
       f"got {corpus.tokens}"
     )
-  directory.mkdir(parents=True, exist_ok=True)
-  with _locked(directory):
+  try:
+    directory.mkdir(parents=True, exist_ok=True)
+  except OSError as e:
+    raise UserError(f"{directory}: {e.strerror or e}") from e
+  with locked(directory):
     claim(directory, _identity(model, options, corpus), results=(HEADER,))
     if not (directory / HEADER).exists():
       _run(model, options, corpus, directory, progress, save_seconds, devices)
@@ -165,7 +166,7 @@ def _record(
 ) -> dict[str, Any]:
   versions = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "optax", "flax")}
   return {
-    "options": _plain(dataclasses.asdict(options)),
+    "options": _options(options),
     "texts": _plain(corpus.sources),
     "tokens": collected.tokens,
     "tokens_sha256": corpus.sha256,
@@ -173,6 +174,12 @@ def _record(
     **report.summary(fitted, layers),
     "versions": versions | {"python": platform.python_version()},
   }
+
+
+def _options(options: TrainOptions) -> dict[str, Any]:
+  """Options as JSON types; of text files the names alone, their hashes stand beside them."""
+  names = tuple(Path(path).name for path in options.text_files)
+  return _plain(dataclasses.asdict(dataclasses.replace(options, text_files=names)))
 
 
 def _plain(x: Any) -> Any:
@@ -184,21 +191,10 @@ def _identity(model: Model, options: TrainOptions, corpus: Corpus) -> dict[str, 
   """What makes two runs the same run."""
   return {
     "model": {"fingerprint": model.fingerprint},
-    "options": _plain(dataclasses.asdict(options)),
+    "options": _options(options),
     "calibration": {
       "texts": _plain(corpus.sources),
       "tokens": corpus.tokens,
       "tokens_sha256": corpus.sha256,
     },
   }
-
-
-@contextmanager
-def _locked(directory: Path) -> Iterator[None]:
-  """Hold the directory: two runs writing the same files would spoil both."""
-  with open(directory / ".lock", "w") as f:
-    try:
-      fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as e:
-      raise UserError(f"training: another run is at work in {directory}") from e
-    yield

@@ -1,4 +1,4 @@
-"""The oracle: the true top-k tokens by exact logits. What any selection at this budget could do."""
+"""The oracle: the true top-k tokens by exact logits, beside which selections are judged."""
 
 import dataclasses
 from functools import partial

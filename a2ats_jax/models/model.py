@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from a2ats_jax.codebook import Codebook, load_codebooks
@@ -21,8 +22,8 @@ class Model:
   """Weights and what is needed to talk to them.
 
   Attributes:
-    fingerprint: sha256 over heads, rotary embedding and all query and key projections: enough to
-      tell models apart, and equal for the same weights read from either format.
+    fingerprint: sha256 over heads, rotary embedding and all weights; equal for the same weights
+      read from either format.
     source: where it was read from, for records.
   """
 
@@ -48,13 +49,11 @@ class Model:
 
 
 def fingerprint_of(config: ModelConfig, decoder: Decoder) -> str:
-  """Identity of a model as far as queries and keys go."""
+  """Identity of a model: heads, rotary embedding and every weight."""
   shape = [config.layers, config.heads, config.kv_heads, dataclasses.asdict(config.rope)]
   digest = hashlib.sha256(json.dumps(shape, sort_keys=True).encode())
-  for linear in (decoder.layers.q, decoder.layers.k):
-    for param in (linear.kernel, linear.bias):
-      if param is not None:
-        digest.update(np.asarray(param[...], np.float32).tobytes())
+  for leaf in jax.tree.leaves(decoder):
+    digest.update(np.ascontiguousarray(leaf, np.float32))
   return digest.hexdigest()
 
 

@@ -7,6 +7,8 @@ import pytest
 
 from a2ats_jax.budget import Budget
 from a2ats_jax.errors import UserError
+from a2ats_jax.generate import greedy
+from a2ats_jax.methods.full import Full
 from eval import ruler
 from eval.needle import NeedleOptions, make_prompts, run
 from eval.options import parse_methods
@@ -163,6 +165,13 @@ def test_every_method_answers_the_same_prompts_and_a_killed_run_resumes(tmp_path
     predictions = [result["prediction"] for result in line["results"]]
     assert len(predictions[0]) == 4
     assert set(predictions) == {predictions[0]}  # the whole budget is exact attention
+  # What full attention answers is what it generates from the same prompt.
+  model = tiny.model()
+  prompts = make_prompts(model, options(whole), [])["niah-noise", lines[0]["T"]]
+  for line in lines:
+    ids = prompts[line["index"]].ids
+    made = [int(t[0]) for t, _ in greedy(model.decoder, Full(), [ids], new=4)]
+    assert line["results"][0]["prediction"] == model.tokenizer.decode(made)
   for row in rows:
     assert row["task"] == "niah-noise"
     assert row["score"] == 0.0

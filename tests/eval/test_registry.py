@@ -47,7 +47,7 @@ def test_options_in_text_form():
     ("a2ats:tail=mean", "tail: expected none or centroid, got 'mean'"),
     ("a2ats:far=2048", "far: expected constant"),
     ("a2ats:far=constant(1,2)", "far: expected constant"),
-    ("a2ats:far=segments(0)", "must be at least 1"),
+    ("a2ats:far=segments(0)", "expected 1 to 4096 segments"),
     ("a2ats:window=1:window=2", "window is given twice"),
     ("full,full", "full is named twice"),
     (" , ", "expected at least one of full"),

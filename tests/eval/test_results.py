@@ -11,16 +11,20 @@ from eval.results import environment, open_run
 CONFIG = {"benchmark": "x", "model": {"name": "m"}, "budgets": ["0.03"], "depths": (0.1, 1e-5)}
 
 
+def line(index: int, **more):
+  """A finished prompt."""
+  return {"task": "t", "T": 8, "index": index, "results": []} | more
+
+
 def test_lines_come_back_after_a_kill_and_a_torn_line_does_not(tmp_path):
   first = open_run(tmp_path, CONFIG)
-  first.append([{"index": 0, "kl": 0.1 + 0.2}, {"index": 1, "text": "ü\u2028"}])
+  lines = [line(0, kl=0.1 + 0.2), line(1, text="ü\u2028")]
+  first.append(lines)
   with open(tmp_path / "predictions.jsonl", "a") as file:
     file.write('{"index": 2, "k')
   again = open_run(tmp_path, CONFIG)
-  assert (
-    again.lines == first.lines == [{"index": 0, "kl": 0.1 + 0.2}, {"index": 1, "text": "ü\u2028"}]
-  )
-  again.append([{"index": 2}])
+  assert again.lines == first.lines == lines
+  again.append([line(2)])
   again.keep(lambda line: line["index"] != 1)
   assert [line["index"] for line in open_run(tmp_path, CONFIG).lines] == [0, 2]
   assert yaml.safe_load((tmp_path / "config.yaml").read_text()) == json.loads(json.dumps(CONFIG))
@@ -51,11 +55,24 @@ def test_results_without_a_config_are_refused(tmp_path):
     open_run(tmp_path, CONFIG)
 
 
-def test_a_damaged_line_is_refused(tmp_path):
-  open_run(tmp_path, CONFIG).append([{"index": 0}])
+@pytest.mark.parametrize("garbage", ["garbage", "5", "{}", '{"task": "t", "T": 8, "index": 1}'])
+def test_a_damaged_line_is_refused(tmp_path, garbage):
+  open_run(tmp_path, CONFIG).append([line(0)])
   path = tmp_path / "predictions.jsonl"
-  path.write_text("garbage\n" + path.read_text())
+  path.write_text(f"{garbage}\n" + path.read_text())
   with pytest.raises(UserError, match="damaged"):
+    open_run(tmp_path, CONFIG)
+
+
+def test_a_prompt_written_twice_counts_once(tmp_path):
+  open_run(tmp_path, CONFIG).append([line(0, kl=1.0), line(1), line(0, kl=2.0)])
+  assert open_run(tmp_path, CONFIG).lines == [line(0, kl=1.0), line(1)]
+
+
+def test_an_emptied_config_is_refused(tmp_path):
+  open_run(tmp_path, CONFIG)
+  (tmp_path / "config.yaml").write_text("")
+  with pytest.raises(UserError, match="empty or damaged"):
     open_run(tmp_path, CONFIG)
 
 

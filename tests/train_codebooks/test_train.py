@@ -20,7 +20,7 @@ from a2ats_jax import codebook
 from a2ats_jax.errors import UserError
 from tests.train_codebooks.cases import OPTIONS, byte_tokenizer, random_corpus, tiny_model
 from train_codebooks import Corpus, Metric, train
-from train_codebooks.collect import KEYS
+from train_codebooks.collect import KEYS, MOMENTS
 
 
 class Stop(Exception):
@@ -253,6 +253,26 @@ def test_a_foreign_codebook_is_never_replaced(run, finished, tmp_path):
     run(tmp_path / "run")
 
 
+@pytest.mark.parametrize("damage", [b"", b"PK", b"x" * 4000])
+def test_damaged_moments_are_collected_again(run, finished, tmp_path, damage):
+  listen, _ = stop_at("seed", 1)
+  with pytest.raises(Stop):
+    run(tmp_path, progress=listen)
+  (tmp_path / MOMENTS).write_bytes(damage)
+  assert_same(run(tmp_path), finished)
+
+
+def test_a_damaged_checkpoint_is_refused_by_name(run, tmp_path):
+  listen, _ = stop_at("lloyd", 1)
+  with pytest.raises(Stop):
+    run(tmp_path, progress=listen, save_seconds=0.0)
+  for path in (tmp_path / "checkpoints" / "lloyd").rglob("*"):
+    if path.is_file():
+      path.write_bytes(b"")
+  with pytest.raises(UserError, match="damaged; remove the directory"):
+    run(tmp_path)
+
+
 def test_a_directory_in_use_is_refused(run, tmp_path):
   def listen(*_, **__):
     with pytest.raises(UserError, match="another run is at work"):
@@ -318,7 +338,7 @@ def test_text_through_a_tokenizer(tmp_path):
   )
   train(model, options, tmp_path / "run")
   record = json.loads((tmp_path / "run" / "codebook.json").read_text())["training"]
-  assert [t["name"] for t in record["texts"]] == [str(tmp_path / "a.txt"), "identifiers seed 0"]
+  assert [t["name"] for t in record["texts"]] == ["a.txt", "identifiers seed 0"]
   (tmp_path / "a.txt").write_text("Another text. " * 30)
   with pytest.raises(UserError, match=r"calibration\.texts was"):
     train(model, options, tmp_path / "run")
