@@ -78,20 +78,19 @@ def from_logits(
 def weigh(p: Float[Array, "B S H T"], values: Float[Array, "B K T D"]) -> Float[Array, "B S H D"]:
   """Values summed with weights, in float32; the weights take the values' dtype first.
 
-  Summed by blocks of tokens and then over blocks: one long contraction is ten times slower in
-  XLA's CPU backend (docs/performance.md).
+  The contraction leaves its KV heads before its queries: asked for the other order, XLA's CPU
+  backend takes a path that is five times slower (docs/performance.md).
   """
   b, s, h, t = p.shape
   _, kv_heads, _, d = values.shape
-  block = next((n for n in (512, 256, 128) if t % n == 0), t)
   out = jnp.einsum(
-    "bskgnt,bkntd->bknsgd",
-    p.reshape(b, s, kv_heads, h // kv_heads, t // block, block).astype(values.dtype),
-    values.reshape(b, kv_heads, t // block, block, d),
+    "bskgt,bktd->bksgd",
+    p.reshape(b, s, kv_heads, h // kv_heads, t).astype(values.dtype),
+    values,
     preferred_element_type=jnp.float32,
     precision=_HIGHEST,
   )
-  return jnp.swapaxes(jnp.sum(out, axis=2), 1, 2).reshape(b, s, h, d)
+  return jnp.swapaxes(out, 1, 2).reshape(b, s, h, d)
 
 
 def per_query_head(mask: Bool[Array, "B S K T"], group: int) -> Bool[Array, "B S H T"]:

@@ -17,8 +17,6 @@ import jax.numpy as jnp
 from a2ats_jax.rope import Rope
 from a2ats_jax.typing import Array, Float, Int
 
-_SLOTS = 128  # caches are a multiple of this many tokens
-
 State = Any  # a pytree that only its own method looks into
 
 
@@ -44,8 +42,8 @@ class Geometry:
 
   @property
   def capacity(self) -> int:
-    """T: slots of a row's cache, rounded up so that they divide into equal blocks."""
-    return -(-(self.prompt + self.new) // _SLOTS) * _SLOTS
+    """T: slots of a row's cache."""
+    return self.prompt + self.new
 
 
 @partial(
