@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
 from rich.console import Console
 from rich.table import Table
 
@@ -186,6 +187,8 @@ def draw(answers: Sequence[Row], rows: Sequence[Row], path: Path) -> None:
     xlabel="share of the cache chosen (after the union over a group)",
     ylabel="KL(full || method), nats a token",
   )
+  for ticks in (axis.xaxis.set_major_formatter, axis.xaxis.set_minor_formatter):
+    ticks(PercentFormatter(1, decimals=0))
   axis.set_title(f"needle found by: {found or 'none'}", fontsize="small")
   axis.grid(alpha=0.3)
   axis.legend()

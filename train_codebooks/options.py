@@ -22,7 +22,7 @@ class TrainOptions:
       ask for, so results belong beside those of a run with 0.
     text_files: UTF-8 files to calibrate on; none means half of the reference text in CPython.
     document_tokens: longest document; positions start from 0 in each.
-    metric: what makes two keys close; plain did better than the published one here
+    metric: what makes two keys close; plain does as well as the published one here
       (docs/accuracy.md).
     seeding: how the first codewords are drawn, by squared distance or evenly.
     steps: optimiser steps between seeding and Lloyd; 0 leaves plain Lloyd.
