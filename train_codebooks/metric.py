@@ -102,7 +102,8 @@ def factor(
   if not np.isfinite(moment).all():
     raise UserError("metric: the model's queries hold non-finite numbers")
   h = (moment + moment.T) / 2
-  h = h / max(float(np.sqrt(np.mean(np.square(h)))), np.finfo(np.float64).tiny)
+  h = h / (float(np.max(np.abs(h))) or 1.0)  # first: squares of tiny or huge entries lose them
+  h = h / (float(np.sqrt(np.mean(np.square(h)))) or 1.0)
   if metric.power != 1:
     values, vectors = np.linalg.eigh(h)
     h = (vectors * np.maximum(values, 0.0) ** metric.power) @ vectors.T

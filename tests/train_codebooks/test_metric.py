@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from a2ats_jax.errors import UserError
@@ -124,6 +124,7 @@ def test_no_moment_fails(values, repaired):
 
 
 @settings(max_examples=60, deadline=None)
+@example([0.0] * (_DIM - 1) + [8.5e-175], 0.0, 1.0)
 @given(
   st.lists(st.floats(-1e6, 1e6), min_size=_DIM, max_size=_DIM),
   st.sampled_from([0.0, 0.3]),
