@@ -13,6 +13,7 @@ import yaml
 
 from a2ats_jax import cli
 from a2ats_jax.codebook import make_codebook, save_codebooks
+from a2ats_jax.config_file import expand
 from a2ats_jax.errors import UserError
 from a2ats_jax.models.model import load_model
 from tests.models.tiny_models import tiny_config, tiny_tensors, write_gguf, write_hf
@@ -264,8 +265,8 @@ def test_typed_options_win_over_the_file(tmp_path):
   path = tmp_path / "options.yaml"
   path.write_text("seed: 3\njson: true\ntext: [a, b]\nout: null\nno-guard: false\n")
   want = ["train", "--seed", "3", "--json", "--text", "a", "b", "--seed", "4"]
-  assert cli.expand(["train", "--config", str(path), "--seed", "4"]) == want
-  assert cli.expand(["train", f"--config={path}", "--seed", "4"]) == want
+  assert expand(["train", "--config", str(path), "--seed", "4"]) == want
+  assert expand(["train", f"--config={path}", "--seed", "4"]) == want
 
 
 @pytest.mark.parametrize("text", ["- a\n", "a: [\n", "seed: {a: 1}\n", None])
