@@ -92,7 +92,7 @@ def _read(
   rope: Rope,
   layer: int | Array,
 ) -> tuple[Float[Array, "B S H D"], Stats]:
-  keys, values = state.cache.k[layer], state.cache.v[layer]
+  keys, values = dense.read(state.cache.k, layer), dense.read(state.cache.v, layer)
   rotated = rotate(q, positions, rope)
   part, _, stats = selection.read_exactly(rotated, keys, values, chosen, near, positions + 1)
   return attention.finish(part).astype(q.dtype), stats
@@ -169,7 +169,7 @@ class Unquantised:
     layer: int | Array,
   ) -> Selection:
     """Far scores, tokens chosen, tokens read in any case, eligible tokens."""
-    scored = state.scored[layer]
+    scored = dense.read(state.scored, layer)
     slots = scored.shape[2]
     slot = jnp.broadcast_to(jnp.arange(slots, dtype=positions.dtype)[None], (q.shape[0], slots))
     starts = self.far.starts(state.prompt, self.window, slots)
@@ -261,7 +261,7 @@ class TrueDistance:
     layer: int | Array,
   ) -> Selection:
     """Far scores, tokens chosen, tokens read in any case, eligible tokens."""
-    scored = state.scored[layer]
+    scored = dense.read(state.scored, layer)
     b, _, slots, _ = scored.shape
     slot = jnp.broadcast_to(jnp.arange(slots, dtype=positions.dtype)[None], (b, slots))
     rotated = rotate(jnp.swapaxes(scored, 1, 2), slot, rope)

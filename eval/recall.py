@@ -129,7 +129,7 @@ class Probe:
     candidate = state.candidate
     if self._asks:
       candidate = self.candidate.append(candidate, k, v, **where)
-    scores = attention.logits(rotate(q, positions, rope), full.k[layer])
+    scores = attention.logits(rotate(q, positions, rope), dense.read(full.k, layer))
     chosen, near, far = self._choose(candidate, q, scores, where)
     caught = self._catch(scores, chosen, near, far, positions, k.shape[2])
     return out, ProbeState(full, candidate), caught

@@ -8,6 +8,7 @@ from a2ats_jax.budget import Budget
 from a2ats_jax.codebook import make_codebook
 from a2ats_jax.far import FarPosition
 from a2ats_jax.generate import greedy, pad_prompts
+from a2ats_jax.methods.a2ats import A2ATS
 from a2ats_jax.methods.a2ats_reference import A2ATSReference
 from a2ats_jax.models.model import load_model
 from a2ats_jax.rope import make_rope
@@ -121,3 +122,20 @@ def test_greedy_tokens_and_tokens_read(model, prompt, cache, book, ours, theirs)
   want, chosen = reference_tokens(model, prompt, cache, book, ratio=0.1, **theirs)
   assert got == want
   assert selected == chosen
+
+
+def test_pages_give_the_references_tokens(model, prompt, book):
+  """The cache in host pages on the real model: same tokens, same number read."""
+  options = {
+    "codebook": book,
+    "budget": Budget(ratio=0.1),
+    "far": FarPosition.segments(3, span=16),
+    "tail": "centroid",
+    "window": 16,
+  }
+  told = []
+  for method in (A2ATSReference(**options), A2ATS(**options)):
+    steps = list(greedy(model.decoder, method, [prompt], new=12))
+    tokens = [int(token[0]) for token, _ in steps]
+    told.append((tokens, [np.asarray(stats.selected).tolist() for _, stats in steps[1:]]))
+  assert told[0] == told[1]
