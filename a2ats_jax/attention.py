@@ -56,9 +56,8 @@ def from_logits(
   scores: Float[Array, "B S H T"],
   values: Float[Array, "B K T D"],
   mask: Bool[Array, "B S H_or_1 T"],
-  weight: Float[Array, "B S H T"] | None = None,
 ) -> Part:
-  """The part of the tokens in ``mask``; ``weight`` multiplies each value, not the total.
+  """The part of the tokens in ``mask``.
 
   Args:
     scores: logits, float32.
@@ -70,8 +69,6 @@ def from_logits(
   base = jnp.where(jnp.isfinite(peak), peak, 0.0)
   p = jnp.exp(scores - base[..., None])
   total = jnp.sum(p, axis=-1)
-  if weight is not None:
-    p = p * weight
   return Part(weigh(p, values), peak, total)
 
 
