@@ -22,6 +22,7 @@ import safetensors.numpy
 
 from a2ats_jax.errors import UserError
 from a2ats_jax.files import write_atomically
+from a2ats_jax.ops.vq_encode import vq_encode
 from a2ats_jax.rope import RopeConfig
 from a2ats_jax.typing import Array, Float, UInt16
 
@@ -31,7 +32,6 @@ TENSORS, HEADER = "codebook.safetensors", "codebook.json"
 MAX_CODEWORDS = 65536  # codes are uint16
 
 _HIGHEST = jax.lax.Precision.HIGHEST
-_BLOCK = 512  # tokens encoded at once: bounds the [tokens, C] distances
 
 
 @partial(
@@ -94,23 +94,7 @@ def encode(keys: Float[Array, "B T K D"], book: Codebook) -> UInt16[Array, "B T 
     raise ValueError(
       f"encode: keys have K={kv_heads} and D={dim}, the codebook {book.codewords.shape}"
     )
-  offset = 0.5 * jnp.sum(jnp.square(book.whitened), axis=-1)
-  size = book.size
-
-  def nearest(block: Array) -> Array:
-    z = jnp.einsum("nkd,kde->nke", block.astype(jnp.float32), book.whitener, precision=_HIGHEST)
-    score = jnp.einsum("nke,kce->knc", z, book.whitened, precision=_HIGHEST) - offset[:, None]
-    # The first maximum, as two plain reductions: twice as fast on the CPU as argmax.
-    best = score == jnp.max(score, axis=-1, keepdims=True)
-    index = jnp.arange(size, dtype=jnp.int32)[None, None]
-    return jnp.min(jnp.where(best, index, size - 1), axis=-1).T.astype(jnp.uint16)
-
-  flat = keys.reshape(b * t, kv_heads, dim)
-  whole = b * t // _BLOCK * _BLOCK
-  codes = jax.lax.map(nearest, flat[:whole].reshape(-1, _BLOCK, kv_heads, dim))
-  codes = codes.reshape(whole, kv_heads)
-  if whole < b * t:
-    codes = jnp.concatenate([codes, nearest(flat[whole:])])
+  codes = vq_encode(keys.reshape(b * t, kv_heads, dim), book.whitener, book.whitened)
   return codes.reshape(b, t, kv_heads)
 
 
@@ -136,6 +120,26 @@ def score_table(
     precision=_HIGHEST,
   )
   return table.reshape(b, s, h, z * size)
+
+
+def item_scores(
+  queries: Float[Array, "B S Z H D"], words: Float[Array, "B K M D"]
+) -> Float[Array, "B S H M"]:
+  """The far score of tokens that are cells of their own, by their codewords; float32.
+
+  Args:
+    queries: rotated to the distance of each of Z segments.
+    words: the codeword of every token, segment after segment, M a multiple of Z.
+  """
+  b, s, z, h, d = queries.shape
+  kv_heads, m = words.shape[1:3]
+  scores = jnp.einsum(
+    "bszkgd,bkzpd->bkzsgp",
+    queries.astype(jnp.float32).reshape(b, s, z, kv_heads, h // kv_heads, d),
+    words.reshape(b, kv_heads, z, m // z, d),
+    precision=_HIGHEST,
+  )
+  return jnp.moveaxis(scores, 2, 4).swapaxes(1, 2).reshape(b, s, h, m)
 
 
 def save_codebooks(

@@ -59,6 +59,42 @@ class FarPosition:
       return 1
     return self.prompt_segments + -(-(new + window) // self.span)
 
+  def items(self, window: int, new: int) -> int:
+    """M: places for tokens after the prompt's far part, each a cell of its own; 0 without segments.
+
+    Such a token stands where its segment does, but few share a segment and a codeword: scored one
+    by one they cost what M codewords cost, where ``M / span`` segments would cost as many tables.
+    """
+    return (self.count(window, new) - self.prompt_segments) * self.span
+
+  def cells(self, window: int, new: int, size: int) -> int:
+    """Cells of a KV head: (segment, codeword) pairs of the prompt, then M tokens.
+
+    Args:
+      size: C, codewords.
+    """
+    return self.prompt_segments * size + self.items(window, new)
+
+  def cells_of(
+    self,
+    positions: Int[Array, "B T"],
+    codes: Int[Array, "B K T"],
+    starts: Int[Array, "B cuts"],
+    size: int,
+  ) -> Int[Array, "B K T"]:
+    """The cell of each token; a later token's is its place among the later ones.
+
+    Args:
+      positions: absolute.
+      codes: of the tokens.
+      size: C.
+    """
+    if self.distance is not None:
+      return codes
+    old = self.segment_of(positions, starts)[:, None] * size + codes
+    since = (positions - starts[:, -1:])[:, None]
+    return jnp.where(since >= 0, self.prompt_segments * size + since, old)
+
   def starts(self, prompt: Int[Array, "B"], window: int, longest: int) -> Int[Array, "B cuts"]:
     """Where the prompt's segments start, oldest first, and then where what comes later starts.
 

@@ -1,9 +1,10 @@
 """Which tokens lie in which cell, and the cut that turns cell scores into selected tokens.
 
-A far token's score depends on its cell alone, its (segment, codeword) pair. So what a query head is
-granted are all tokens of the better cells and the first tokens, by position, of the boundary one;
-and for a KV head the union over its group is, per cell, the longest of these prefixes: one number a
-cell. No token has a score of its own and nothing is sorted when a query comes.
+A far token's score depends on its cell alone: its (segment, codeword) pair, or itself where it
+follows the prompt under segments. So what a query head is granted are all tokens of the better
+cells and the first tokens, by position, of the boundary one; and for a KV head the union over its
+group is, per cell, the longest of these prefixes: one number a cell. Nothing is sorted when a query
+comes, and no token of the prompt has a score of its own.
 
 This chooses exactly the tokens that ``choose`` and ``union`` of
 :mod:`a2ats_jax.methods.selection` choose, ties included: the order (score, cell, index) makes every
@@ -19,24 +20,63 @@ import jax.numpy as jnp
 
 from a2ats_jax.typing import Array, Bool, Float, Int
 
+_HIGHEST = jax.lax.Precision.HIGHEST
 
-@partial(jax.tree_util.register_dataclass, data_fields=["counts", "cells", "ranks"], meta_fields=[])
+
+@partial(
+  jax.tree_util.register_dataclass,
+  data_fields=["counts", "cells", "ranks", "first", "skip", "last"],
+  meta_fields=[],
+)
 @dataclasses.dataclass(frozen=True)
 class CodeIndex:
   """The far tokens of one layer, or (leading axis L) of all, by cell.
 
   Invariants: ``counts[c]`` is the number of slots with cell c, and their ranks are 0, 1, ... in the
-  order of the tokens' positions. An empty slot has the cell after the last.
+  order of the tokens' positions. An empty slot has the cell after the last. The first pages, those
+  that ``first``, ``skip`` and ``last`` describe, are sorted by (cell, rank), empty slots last.
 
   Attributes:
     counts: tokens of every cell.
-    cells: the cell of the token in every slot.
+    cells: the cell of the token in every slot, page by page.
     ranks: its place among the tokens of its cell.
+    first, skip, last: of every sorted page, the cell and the rank of its first slot, and the cell
+      of its last one. No page is sorted in order of arrival.
   """
 
   counts: Int[Array, "*L B K cells"]
-  cells: Int[Array, "*L B K slots"]
-  ranks: Int[Array, "*L B K slots"]
+  cells: Int[Array, "*L B K N P"]
+  ranks: Int[Array, "*L B K N P"]
+  first: Int[Array, "*L B K sorted"]
+  skip: Int[Array, "*L B K sorted"]
+  last: Int[Array, "*L B K sorted"]
+
+
+Order = Literal["cell", "arrival"]
+
+
+def empty(
+  lead: tuple[int, ...], *, count: int, slots: int, page: int, prompt: int, order: Order
+) -> CodeIndex:
+  """An index that holds no token.
+
+  Args:
+    lead: the leading axes, ``(L, B, K)``.
+    count: number of cells.
+    slots: of tokens, a multiple of ``page``.
+    page: P, slots a page.
+    prompt: the first slots, a multiple of ``page`` too, which :func:`build` fills in ``order``.
+  """
+  pages = (*lead, prompt // page if order == "cell" else 0)
+  every = (*lead, slots // page, page)
+  return CodeIndex(
+    counts=jnp.zeros((*lead, count), jnp.int32),
+    cells=jnp.full(every, count, jnp.int32),
+    ranks=jnp.zeros(every, jnp.int32),
+    first=jnp.full(pages, count, jnp.int32),
+    skip=jnp.zeros(pages, jnp.int32),
+    last=jnp.full(pages, count, jnp.int32),
+  )
 
 
 def build(
@@ -45,7 +85,8 @@ def build(
   *,
   count: int,
   slots: int,
-  order: Literal["cell", "arrival"] = "cell",
+  page: int,
+  order: Order = "cell",
 ) -> tuple[CodeIndex, Int[Array, "B K T"]]:
   """Index a prompt.
 
@@ -53,7 +94,8 @@ def build(
     cells: of every token, 0 .. ``count`` - 1.
     eligible: tokens to index; the others get no slot.
     count: number of cells.
-    slots: room for the prompt and for tokens appended later, at least T.
+    slots: room for the prompt, whole pages, and for tokens appended later.
+    page: P, slots a page.
     order: ``cell`` puts a cell's tokens side by side, ``arrival`` keeps tokens by position.
 
   Returns:
@@ -70,8 +112,8 @@ def build(
   counts = jnp.zeros((b, kv_heads, count), jnp.int32).at[rows, heads, marked].add(1, mode="drop")
   starts = jnp.cumsum(counts, axis=-1) - counts
   place = jnp.arange(t, dtype=jnp.int32)[None, None]
-  first = jnp.take_along_axis(starts, jnp.minimum(sorted_cells, count - 1), axis=-1)
-  sorted_ranks = jnp.where(sorted_cells < count, place - first, 0)
+  begin = jnp.take_along_axis(starts, jnp.minimum(sorted_cells, count - 1), axis=-1)
+  sorted_ranks = jnp.where(sorted_cells < count, place - begin, 0)
   if order == "cell":
     token, in_slot, ranks = by_cell, sorted_cells, sorted_ranks
   else:
@@ -80,89 +122,263 @@ def build(
     in_slot = jnp.take_along_axis(marked, token, axis=-1)
     ranks = jnp.take_along_axis(jnp.take_along_axis(sorted_ranks, back, axis=-1), token, axis=-1)
   more = ((0, 0), (0, 0), (0, slots - t))
-  index = CodeIndex(counts, jnp.pad(in_slot, more, constant_values=count), jnp.pad(ranks, more))
+  pages = (b, kv_heads, slots // page, page)
+  in_slot = jnp.pad(in_slot, more, constant_values=count).reshape(pages)
+  ranks = jnp.pad(ranks, more).reshape(pages)
+  end = -(-t // page) if order == "cell" else 0
+  index = CodeIndex(
+    counts=counts,
+    cells=in_slot,
+    ranks=ranks,
+    first=in_slot[..., :end, 0],
+    skip=ranks[..., :end, 0],
+    last=in_slot[..., :end, page - 1],
+  )
   return index, token
 
 
-def append(index: CodeIndex, cells: Int[Array, "B K"], slot: Int[Array, "B"]) -> CodeIndex:
-  """Put one token of every row, later than all before it, into an empty slot; -1 for none."""
-  b, kv_heads, slots = index.cells.shape
+def append(
+  index: CodeIndex, cell: Int[Array, "B K"], slot: Int[Array, "B"], *, layer: int | Array
+) -> CodeIndex:
+  """Put one token of every row, later than all before it, into an empty slot of a layer.
+
+  Args:
+    index: of all layers.
+    cell: of the token.
+    slot: after the sorted pages; -1 for no token.
+  """
+  _, b, kv_heads, pages, page = index.cells.shape
   rows = jnp.arange(b, dtype=jnp.int32)[:, None]
   heads = jnp.arange(kv_heads, dtype=jnp.int32)[None]
   there = (slot >= 0)[:, None]
-  where = jnp.where(there, slot[:, None], slots)
-  rank = jnp.take_along_axis(index.counts, cells[..., None], axis=-1)[..., 0]
-  return CodeIndex(
-    index.counts.at[rows, heads, cells].add(there.astype(jnp.int32)),
-    index.cells.at[rows, heads, where].set(cells, mode="drop"),
-    index.ranks.at[rows, heads, where].set(rank, mode="drop"),
+  number, place = jnp.where(there, slot[:, None] // page, pages), slot[:, None] % page
+  rank = jax.lax.optimization_barrier(index.counts[layer, rows, heads, cell])
+  return dataclasses.replace(
+    index,
+    counts=index.counts.at[layer, rows, heads, cell].add(there.astype(jnp.int32)),
+    cells=index.cells.at[layer, rows, heads, number, place].set(cell, mode="drop"),
+    ranks=index.ranks.at[layer, rows, heads, number, place].set(rank, mode="drop"),
   )
 
 
-def _ordered(scores: Float[Array, "*batch cells"]) -> Int[Array, "*batch cells"]:
+def _ordered(scores: Float[Array, "*shape"]) -> Int[Array, "*shape"]:
   """Integers in the order of float32 scores; both zeros are one number."""
   bits = jax.lax.bitcast_convert_type(jnp.where(scores == 0, 0.0, scores), jnp.int32)
   return bits ^ ((bits >> 31) & jnp.int32(0x7FFFFFFF))
 
 
+def _score(keys: Int[Array, "*shape"]) -> Float[Array, "*shape"]:
+  """The inverse of :func:`_ordered`."""
+  return jax.lax.bitcast_convert_type(keys ^ ((keys >> 31) & jnp.int32(0x7FFFFFFF)), jnp.float32)
+
+
 def cut(
-  scores: Float[Array, "B H cells"], counts: Int[Array, "B H cells"], granted: Int[Array, "B"]
-) -> Int[Array, "B H cells"]:
+  scores: Float[Array, "*rows G cells"],
+  counts: Int[Array, "*rows cells"],
+  granted: Int[Array, "*rows"],
+) -> Int[Array, "*rows G cells"]:
   """How many tokens of every cell are among the first ``granted``, by (score, cell, index).
 
-  Finds the boundary cell's score by halving the range of its 32 bits and counting tokens, so no
-  cell is sorted. All tokens where there are fewer than granted.
+  Halves the range that holds the boundary cell's score, counting tokens and cells, until a single
+  cell or a single score is left; so no cell is sorted. All tokens where there are fewer than
+  granted.
 
   Args:
     scores: float32, no NaN. Cells of the same score are taken in their order.
-    counts: tokens of every cell.
+    counts: tokens of every cell, fewer than 2^24 together.
   """
   keys = _ordered(scores)
-  wanted = jnp.minimum(granted[:, None], jnp.sum(counts, axis=-1))
+  total = jnp.sum(counts, axis=-1)[..., None]
+  wanted = jnp.broadcast_to(jnp.minimum(granted[..., None], total), keys.shape[:-1])
+  tokens, full = counts.astype(jnp.float32), (counts > 0).astype(jnp.float32)
 
-  def at_least(key: Array) -> Array:
-    return jnp.sum(jnp.where(keys >= key[..., None], counts, 0), axis=-1)
+  def at_least(key: Array) -> tuple[Array, Array]:
+    """Tokens, and cells that hold any, whose score is the key's or better."""
+    mask = (keys >= key[..., None]).astype(jnp.float32)
 
-  def halve(_: Array, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
-    low, high = bounds  # the largest key that still has enough tokens lies between, both included
+    def number(of: Array) -> Array:
+      product = jnp.einsum("...ge,...e->...g", mask, of, precision=_HIGHEST)
+      return product.astype(jnp.int32)
+
+    return number(tokens), number(full)
+
+  def narrow(state: tuple[Array, ...]) -> tuple[Array, ...]:
+    # Invariant: tokens from low on are enough, tokens above high are not.
+    step, low, high, cells_low, tokens_high, cells_high = state
     span = (high - low).astype(jnp.uint32)  # wraps to the true distance
     middle = low + ((span >> 1) + (span & 1)).astype(jnp.int32)
-    enough = at_least(middle) >= wanted
-    return jnp.where(enough, middle, low), jnp.where(enough, high, middle - 1)
+    # The middle of the scores leaves few cells soonest; every fourth step takes the middle of the
+    # bits, which ends whatever the scores are.
+    score = 0.5 * _score(low) + 0.5 * _score(high)
+    by_score = (step % 4 < 3) & jnp.isfinite(score)
+    key = jnp.where(by_score, jnp.clip(_ordered(score), low + 1, high), middle)
+    many, cells = at_least(key)
+    enough, still = many >= wanted, low < high
+    return (
+      step + 1,
+      jnp.where(enough & still, key, low),
+      jnp.where(enough | ~still, high, key - 1),
+      jnp.where(enough & still, cells, cells_low),
+      jnp.where(enough | ~still, tokens_high, many),
+      jnp.where(enough | ~still, cells_high, cells),
+    )
 
-  bounds = jnp.min(keys, axis=-1), jnp.max(keys, axis=-1)
-  boundary = jax.lax.fori_loop(0, 32, halve, bounds)[0][..., None]
-  better = jnp.where(keys > boundary, counts, 0)
-  tied = jnp.where(keys == boundary, counts, 0)
-  room = wanted[..., None] - jnp.sum(better, axis=-1, keepdims=True)
-  earlier = jnp.cumsum(tied, axis=-1) - tied
+  def open_rows(state: tuple[Array, ...]) -> Array:
+    _, low, high, cells_low, _, cells_high = state
+    return jnp.any((low < high) & (cells_low - cells_high > 1))
+
+  low, high = jnp.min(keys, axis=-1), jnp.max(keys, axis=-1)
+  none = jnp.zeros_like(low)
+  cells_low = jnp.broadcast_to(jnp.sum(full, axis=-1).astype(jnp.int32)[..., None], low.shape)
+  state = (jnp.zeros((), jnp.int32), low, high, cells_low, none, none)
+  _, low, high, cells_low, tokens_high, cells_high = jax.lax.while_loop(open_rows, narrow, state)
+  counts = counts[..., None, :]
+  better = jnp.where(keys > high[..., None], counts, 0)
+  tied = jnp.where((keys >= low[..., None]) & (keys <= high[..., None]), counts, 0)
+  room = (wanted - tokens_high)[..., None]
+  earlier = jax.lax.cond(
+    jnp.any(cells_low - cells_high > 1),
+    lambda: jnp.cumsum(tied, axis=-1) - tied,
+    lambda: jnp.zeros_like(tied),
+  )
   return better + jnp.clip(room - earlier, 0, tied)
 
 
+def kv_head_scores(
+  logits: Float[Array, "B S H cells"], counts: Int[Array, "B S K cells"]
+) -> Float[Array, "B S K cells"]:
+  r"""One score a KV head, for budgets that its group shares.
+
+  The logarithm of the attention weight that a token of the cell would get among the far tokens, in
+  the query head of the group where that is largest:
+  :math:`\max_g \left( l_g - \log \sum_c n_c e^{l_{gc}} \right)`. Ours: the paper grants every query
+  head its own tokens.
+
+  Args:
+    logits: far scores of query heads, divided by ``sqrt(D)``.
+    counts: tokens of every cell; what a cell without tokens scores says nothing.
+  """
+  b, s, h, cells = logits.shape
+  kv_heads = counts.shape[2]
+  logits = logits.reshape(b, s, kv_heads, h // kv_heads, cells)
+  held = counts[:, :, :, None]
+  peak = jnp.max(jnp.where(held > 0, logits, -jnp.inf), axis=-1, keepdims=True)
+  peak = jnp.where(jnp.isfinite(peak), peak, 0.0)
+  # Cells without tokens are kept at the peak, where they cannot overflow.
+  weight = jnp.exp(jnp.minimum(logits - peak, 0.0)) * held.astype(jnp.float32)
+  total = jnp.maximum(jnp.sum(weight, axis=-1, keepdims=True), jnp.finfo(jnp.float32).tiny)
+  return jnp.max(logits - peak - jnp.log(total), axis=3)
+
+
 def select(
-  index: CodeIndex, scores: Float[Array, "B H cells"], granted: Int[Array, "B"]
+  counts: Int[Array, "B K cells"],
+  scores: Float[Array, "B heads cells"],
+  granted: Int[Array, "B"],
 ) -> Int[Array, "B K cells"]:
   """Tokens to read of every cell: for each KV head the longest prefix over its group.
 
   Args:
-    scores: of one decode step's cells, :func:`a2ats_jax.codebook.score_table`.
-    granted: tokens each query head may read.
+    scores: of query heads, each with ``granted`` tokens of its own, or of KV heads
+      (:func:`kv_head_scores`).
+    granted: tokens each head that has scores may read.
   """
-  b, heads, cells = scores.shape
-  kv_heads = index.counts.shape[1]
-  counts = jnp.repeat(index.counts, heads // kv_heads, axis=1)
-  taken = cut(scores, counts, granted)
-  return jnp.max(taken.reshape(b, kv_heads, heads // kv_heads, cells), axis=2)
+  b, kv_heads, cells = counts.shape
+  grouped = scores.reshape(b, kv_heads, -1, cells)
+  taken = cut(grouped, counts, jnp.broadcast_to(granted[:, None], (b, kv_heads)))
+  return jnp.max(taken, axis=2)
 
 
-def selected(index: CodeIndex, taken: Int[Array, "B K cells"]) -> Bool[Array, "B K slots"]:
+def selected(
+  cells: Int[Array, "B K *slots"], ranks: Int[Array, "B K *slots"], taken: Int[Array, "B K cells"]
+) -> Bool[Array, "B K *slots"]:
   """The slots whose tokens are read: rank below what is taken of the slot's cell."""
-  cells = taken.shape[-1]
-  limit = jnp.take_along_axis(taken, jnp.minimum(index.cells, cells - 1), axis=-1)
-  return (index.ranks < limit) & (index.cells < cells)
+  b, kv_heads, count = taken.shape
+  flat = cells.reshape(b, kv_heads, -1)
+  limit = jnp.take_along_axis(taken, jnp.minimum(flat, count - 1), axis=-1).reshape(cells.shape)
+  return (ranks < limit) & (cells < count)
 
 
-def pages_of(chosen: Bool[Array, "B K slots"], page: int) -> Bool[Array, "B K N"]:
-  """The pages of ``page`` slots that hold a selected token; slots a multiple of the page."""
-  b, kv_heads, slots = chosen.shape
-  return jnp.any(chosen.reshape(b, kv_heads, slots // page, page), axis=-1)
+def look(
+  index: CodeIndex, ids: Int[Array, "B K F"], *, layer: int | Array
+) -> tuple[Int[Array, "B K F P"], Int[Array, "B K F P"]]:
+  """Cells and ranks in some pages of a layer.
+
+  Args:
+    index: of all layers; only the rows asked for are read.
+    ids: 0 .. N - 1.
+  """
+  _, b, kv_heads, pages, page = index.cells.shape
+  rows = jnp.arange(b, dtype=jnp.int32)[:, None, None]
+  heads = jnp.arange(kv_heads, dtype=jnp.int32)[None, :, None]
+  flat = ((layer * b + rows) * kv_heads + heads) * pages + ids
+  cells, ranks = (
+    x.reshape(-1, page).at[flat].get(mode="promise_in_bounds") for x in (index.cells, index.ranks)
+  )
+  return cells, ranks
+
+
+@partial(
+  jax.tree_util.register_dataclass,
+  data_fields=["first", "skip", "last", "cells", "ranks"],
+  meta_fields=[],
+)
+@dataclasses.dataclass(frozen=True)
+class PageCells:
+  """What says of every page of a layer whether it holds a selected token.
+
+  Attributes:
+    first, skip, last: of the sorted pages, as in :class:`CodeIndex`.
+    cells, ranks: in the slots of the other pages.
+  """
+
+  first: Int[Array, "B K sorted"]
+  skip: Int[Array, "B K sorted"]
+  last: Int[Array, "B K sorted"]
+  cells: Int[Array, "B K rest P"]
+  ranks: Int[Array, "B K rest P"]
+
+
+def page_cells(index: CodeIndex, *, layer: int | Array) -> PageCells:
+  """Of one layer, from the index of all."""
+  _, b, kv_heads, pages, page = index.cells.shape
+  done = index.first.shape[3]
+
+  def rest(x: Array) -> Array:
+    start = (layer, 0, 0, done, 0)
+    return jax.lax.dynamic_slice(x, start, (1, b, kv_heads, pages - done, page))[0]
+
+  return jax.lax.optimization_barrier(
+    PageCells(
+      index.first[layer], index.skip[layer], index.last[layer], rest(index.cells), rest(index.ranks)
+    )
+  )
+
+
+def pages_of(pages: PageCells, taken: Int[Array, "B K cells"]) -> Bool[Array, "B K N"]:
+  """The pages that hold a selected token.
+
+  A sorted page holds one if more of its first cell are taken than the page leaves out, or if any
+  token is taken of a cell that begins in it. Slots of the other pages are looked at one by one.
+  """
+  count = taken.shape[-1]
+  begun = jnp.cumsum((taken > 0).astype(jnp.int32), axis=-1)
+
+  def at(x: Array, cell: Array) -> Array:
+    return jnp.take_along_axis(x, jnp.minimum(cell, count - 1), axis=-1)
+
+  goes_on = (pages.first < count) & (pages.skip < at(taken, pages.first))
+  begins = at(begun, pages.last) > at(begun, pages.first)
+  rest = jnp.any(selected(pages.cells, pages.ranks, taken), axis=-1)
+  return jnp.concatenate([goes_on | begins, rest], axis=-1)
+
+
+def compact(pages: Bool[Array, "B K N"]) -> tuple[Int[Array, "B K N"], Int[Array, "B K"]]:
+  """The numbers of the marked pages in order, and how many; places after them hold page 0."""
+  b, kv_heads, n = pages.shape
+  count = jnp.sum(pages, axis=-1, dtype=jnp.int32)
+  rows = jnp.arange(b, dtype=jnp.int32)[:, None, None]
+  heads = jnp.arange(kv_heads, dtype=jnp.int32)[None, :, None]
+  place = jnp.where(pages, jnp.cumsum(pages, axis=-1, dtype=jnp.int32) - 1, n)
+  number = jnp.broadcast_to(jnp.arange(n, dtype=jnp.int32)[None, None], pages.shape)
+  ids = jnp.zeros((b, kv_heads, n), jnp.int32)
+  return ids.at[rows, heads, place].set(number, mode="drop", unique_indices=True), count

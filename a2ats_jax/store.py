@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from a2ats_jax.errors import UserError
+from a2ats_jax.ops.page_fetch import page_fetch
 from a2ats_jax.typing import Array, Float, Int
 
 Placement = Literal["auto", "host", "device"]
@@ -33,6 +34,11 @@ class KVStore:
   pages: Float[Array, "L B K N page_numbers"]
   page: int
   host: bool
+
+  @property
+  def page_bytes(self) -> int:
+    """Bytes of a page, keys and values."""
+    return self.pages.shape[-1] * self.pages.dtype.itemsize
 
 
 def host_memory() -> bool:
@@ -123,24 +129,21 @@ def write_page(
 
 def fetch(
   store: KVStore, ids: Int[Array, "B K F"], *, layer: int | Array
-) -> tuple[Float[Array, "B K T D"], Float[Array, "B K T D"]]:
+) -> tuple[Float[Array, "B K F P D"], Float[Array, "B K F P D"]]:
   """Keys and values of F pages for every row and KV head, on the device.
 
   Temporary memory is that of the pages fetched, whatever the store holds.
 
   Args:
     ids: 0 .. N - 1.
-
-  Returns:
-    Keys and values of ``F P`` tokens, page after page.
   """
   layers, b, kv_heads, pages, numbers = store.pages.shape
-  f, d = ids.shape[2], numbers // (2 * store.page)
+  f, half = ids.shape[2], numbers // 2
   rows = jnp.arange(b, dtype=jnp.int32)[:, None, None]
   heads = jnp.arange(kv_heads, dtype=jnp.int32)[None, :, None]
   flat = ((layer * b + rows) * kv_heads + heads) * pages + ids
-  table = store.pages.reshape(layers * b * kv_heads * pages, numbers)
-  got = table.at[_to(flat.reshape(-1), store.host)].get(mode="promise_in_bounds")
-  got = _to(got, False).reshape(b, kv_heads, f, 2, store.page, d)
-  shape = (b, kv_heads, f * store.page, d)
-  return got[:, :, :, 0].reshape(shape), got[:, :, :, 1].reshape(shape)
+  table = store.pages.reshape(layers * b * kv_heads * pages, 2, half)
+  both = page_fetch(table, _to(flat.reshape(-1), store.host))
+  shape = (b, kv_heads, f, store.page, half // store.page)
+  keys, values = (_to(x, False).reshape(shape) for x in both)
+  return keys, values

@@ -285,7 +285,9 @@ def _select(
     positions, scored.shape[2], sinks=method.sinks, window=method.window
   )
   no_cells = jnp.zeros(scored.shape[:3], jnp.int32)
-  chosen = selection.choose(scores, no_cells, far, positions + 1, method.budget)
+  ranked = selection.of_budget(method.budget, scores, far, scored.shape[1])
+  chosen = selection.choose(ranked, no_cells, far, positions + 1, method.budget)
+  chosen = jnp.repeat(chosen, scores.shape[2] // chosen.shape[2], axis=2)
   return scores, chosen, near, far
 
 

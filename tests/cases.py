@@ -254,6 +254,7 @@ def expected_step(
     "prompt": int(cache.lengths[row]),
     "tail": getattr(method, "tail", "none") == "centroid",
     "exact_scores": method.name == "oracle",
+    "shared": budget.per == "kv_head",
   } | changes
   return independent.decode_step(
     cache.q[layer, row, position],

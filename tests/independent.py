@@ -153,6 +153,7 @@ def decode_step(
   eligible=None,
   score=None,
   exact_scores=False,
+  shared=False,
 ):
   """One query token at position T-1 over T cached tokens, itself included.
 
@@ -165,6 +166,7 @@ def decode_step(
     eligible: other far tokens than the rule's, for wrong variants.
     score: ``(query, key_vector, token) -> number``, for wrong variants.
     exact_scores: rank by the exact logits instead of the codewords' (the oracle).
+    shared: ``k`` tokens for every KV head, by the largest share of far attention in its group.
   """
   tokens, kv_heads, size = np.shape(keys)
   heads = np.shape(q)[0]
@@ -192,13 +194,27 @@ def decode_step(
 
   chosen, gap, table = [], math.inf, []
   for h in range(heads):
+    table.append({t: far_score(h, t) for t in eligible})
+  ranked = table
+  if shared:
+    ranked = []
+    for h in range(heads):
+      best = {}
+      for other in range(h // group * group, (h // group + 1) * group):
+        logits = {t: table[other][t] / math.sqrt(size) for t in eligible}
+        peak = max(logits.values(), default=0.0)
+        total = peak + math.log(sum(math.exp(x - peak) for x in logits.values()) or 1.0)
+        best = {t: max(best.get(t, -math.inf), logits[t] - total) for t in eligible}
+      ranked.append(best)
+  for h in range(heads):
     kv = h // group
-    scores = {t: far_score(h, t) for t in eligible}
-    table.append(scores)
+    scores = ranked[h]
     if exact_scores:
       cell = dict.fromkeys(eligible, 0)
     else:
       cell = {t: (zone[t], int(codes[t][kv])) for t in eligible}
+      if segments is not None:  # what follows the prompt's far part: each token a cell of its own
+        cell |= {t: (zone[t], 0) for t in eligible if zone[t] >= segments.count}
     order = sorted(eligible, key=lambda t, s=scores, c=cell: (-s[t], c[t], t))
     chosen.append(set(order[:k]))
     if 0 < k < len(order) and scores[order[k - 1]] > scores[order[k]]:

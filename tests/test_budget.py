@@ -51,13 +51,17 @@ def test_tokens_never_exceed_the_context(tokens, longest):
     ("2", Budget(tokens=2)),
     (" 2048 ", Budget(tokens=2048)),
     ("1e-2", Budget(ratio=0.01)),
+    ("0.06/kv", Budget(ratio=0.06, per="kv_head")),
+    ("2048/kv", Budget(tokens=2048, per="kv_head")),
   ],
 )
 def test_parse(text, want):
   assert Budget.parse(text) == want
 
 
-@pytest.mark.parametrize("text", ["", "x", "3%", "1.5", "-1", "-0.1", "nan", "inf", "2.0", "²"])
+@pytest.mark.parametrize(
+  "text", ["", "x", "3%", "1.5", "-1", "-0.1", "nan", "inf", "2.0", "²", "9/q", "/kv"]
+)
 def test_parse_refuses(text):
   with pytest.raises(UserError, match="budget"):
     Budget.parse(text)
@@ -80,9 +84,13 @@ def test_impossible_budgets_are_refused(fields):
     Budget(**fields)
 
 
+PER = st.sampled_from(["query_head", "kv_head"])
+
+
 @given(
   budget=st.one_of(
-    st.builds(Budget, ratio=st.floats(0, 1)), st.builds(Budget, tokens=st.integers(2, 10**6))
+    st.builds(Budget, ratio=st.floats(0, 1), per=PER),
+    st.builds(Budget, tokens=st.integers(2, 10**6), per=PER),
   )
 )
 def test_text_reads_back_as_the_same_budget(budget):

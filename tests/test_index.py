@@ -13,22 +13,26 @@ from a2ats_jax import index as cell_index
 from a2ats_jax.budget import Budget
 from a2ats_jax.methods import selection
 
-B, K, G, CELLS, T, NEW = 2, 2, 3, 12, 24, 8
+B, K, G, CELLS, T, NEW, P = 2, 2, 3, 12, 24, 8, 4
 SLOTS = T + NEW
 
 
 @partial(jax.jit, static_argnames="order")
 def build(cells, eligible, order="cell"):
-  return cell_index.build(cells, eligible, count=CELLS, slots=SLOTS, order=order)
+  options = {"count": CELLS, "slots": SLOTS, "page": P, "order": order}
+  index, token = cell_index.build(cells, eligible, **options)
+  return jax.tree.map(lambda x: x[None], index), token  # one layer
 
 
-append = jax.jit(cell_index.append)
+append = jax.jit(partial(cell_index.append, layer=0))
 
 
 @jax.jit
 def choose_by_cell(index, scores, granted):
-  taken = cell_index.select(index, scores, granted)
-  return taken, cell_index.selected(index, taken)
+  """Slots chosen, and pages found without looking at the slots of sorted ones."""
+  taken = cell_index.select(index.counts[0], scores, granted)
+  pages = cell_index.pages_of(cell_index.page_cells(index, layer=0), taken)
+  return pages, cell_index.selected(index.cells[0], index.ranks[0], taken).reshape(B, K, SLOTS)
 
 
 @partial(jax.jit, static_argnames="budget")
@@ -82,9 +86,15 @@ def in_slots(index_chosen, token, eligible) -> np.ndarray:
 def assert_consistent(index) -> None:
   """The invariants of CodeIndex."""
   for row, head in np.ndindex(B, K):
-    cells, ranks = np.asarray(index.cells)[row, head], np.asarray(index.ranks)[row, head]
-    for cell, count in enumerate(np.asarray(index.counts)[row, head]):
+    cells, ranks = (np.asarray(x)[0, row, head].ravel() for x in (index.cells, index.ranks))
+    for cell, count in enumerate(np.asarray(index.counts)[0, row, head]):
       assert sorted(ranks[cells == cell]) == list(range(count))
+
+
+def assert_pages(pages, chosen) -> None:
+  """A page is marked if and only if one of its slots is chosen."""
+  want = np.asarray(chosen).reshape(B, K, -1, P).any(axis=-1)
+  np.testing.assert_array_equal(pages, want)
 
 
 def granted(budget):
@@ -99,7 +109,8 @@ def test_equals_the_reference(order, case):
   cells, eligible = cells[..., :T], eligible[:, :T]
   index, token = build(jnp.asarray(cells), jnp.asarray(eligible), order=order)
   assert_consistent(index)
-  _, chosen = choose_by_cell(index, jnp.asarray(scores), granted(budget))
+  pages, chosen = choose_by_cell(index, jnp.asarray(scores), granted(budget))
+  assert_pages(pages, chosen)
   got = in_slots(chosen, token, eligible)
   np.testing.assert_array_equal(got, reference(cells, scores, eligible, budget))
 
@@ -119,7 +130,8 @@ def test_equals_the_reference_as_tokens_are_appended(case):
     token[..., T + step] = T + step
     assert_consistent(index)
     seen = eligible & (np.arange(SLOTS) <= T + step)[None]
-    _, chosen = choose_by_cell(index, jnp.asarray(scores), granted(budget))
+    pages, chosen = choose_by_cell(index, jnp.asarray(scores), granted(budget))
+    assert_pages(pages, chosen)
     got = in_slots(chosen, token, seen)
     np.testing.assert_array_equal(got, reference(cells, scores, seen, budget))
 
@@ -138,7 +150,7 @@ def test_cut_is_the_sorted_prefix(scores, counts, wanted):
   """Against sorting in Python, with any finite or infinite scores."""
   got = jax.jit(cell_index.cut)(
     jnp.asarray([[scores]], jnp.float32),
-    jnp.asarray([[counts]], jnp.int32),
+    jnp.asarray([counts], jnp.int32),
     jnp.asarray([wanted], jnp.int32),
   )
   left, want = wanted, [0] * 6
@@ -152,16 +164,41 @@ def test_a_cells_tokens_lie_side_by_side():
   rng = np.random.default_rng(3)
   cells = rng.integers(0, CELLS, (B, K, T)).astype(np.int32)
   index, _ = build(jnp.asarray(cells), jnp.ones((B, T), bool))
-  in_slot = np.asarray(index.cells)[..., :T]
-  assert np.all(np.diff(in_slot, axis=-1) >= 0)
-  assert np.all(np.asarray(index.cells)[..., T:] == CELLS)
+  in_slot = np.asarray(index.cells).reshape(B, K, SLOTS)
+  assert np.all(np.diff(in_slot[..., :T], axis=-1) >= 0)
+  assert np.all(in_slot[..., T:] == CELLS)
 
 
-def test_pages_hold_what_is_chosen():
-  chosen = np.zeros((1, 1, 12), bool)
-  chosen[0, 0, [1, 2, 11]] = True
-  pages = cell_index.pages_of(jnp.asarray(chosen), 4)
-  assert np.asarray(pages)[0, 0].tolist() == [True, False, True]
+def test_compact_lists_the_marked_pages():
+  pages = np.zeros((1, 2, 5), bool)
+  pages[0, 0, [1, 2, 4]] = True
+  ids, count = jax.jit(cell_index.compact)(jnp.asarray(pages))
+  assert np.asarray(count).tolist() == [[3, 0]]
+  assert np.asarray(ids)[0].tolist() == [[1, 2, 4, 0, 0], [0, 0, 0, 0, 0]]
+
+
+def test_kv_head_scores_are_log_shares_of_attention():
+  """Against NumPy; cells without tokens count for nothing, however high they score."""
+  rng = np.random.default_rng(0)
+  logits = rng.normal(size=(1, 2, 4, 6)).astype(np.float32) * 5
+  counts = rng.integers(0, 4, (1, 2, 2, 6)).astype(np.int32)
+  counts[..., 3], logits[..., 3] = 0, 1e30
+  got = jax.jit(cell_index.kv_head_scores)(jnp.asarray(logits), jnp.asarray(counts))
+  for s, head in np.ndindex(2, 2):
+    best = np.full(6, -np.inf)
+    for g in (2 * head, 2 * head + 1):
+      row = logits[0, s, g].astype(np.float64)
+      held = counts[0, s, head] > 0
+      total = np.sum(counts[0, s, head][held] * np.exp(row[held]))
+      best = np.maximum(best, row - np.log(total))
+    np.testing.assert_allclose(np.asarray(got)[0, s, head, held], best[held], rtol=1e-5)
+
+
+def test_kv_head_scores_of_an_empty_index_are_finite():
+  got = jax.jit(cell_index.kv_head_scores)(
+    jnp.zeros((1, 1, 2, 3)), jnp.zeros((1, 1, 1, 3), jnp.int32)
+  )
+  assert np.all(np.isfinite(got))
 
 
 WRONG = {
@@ -183,12 +220,13 @@ def test_wrong_cuts_are_caught(wrong):
   scores = rng.integers(-1, 2, (B, K * G, CELLS)).astype(np.float32)
   eligible = np.ones((B, T), bool)
   index, token = build(jnp.asarray(cells), jnp.asarray(eligible))
-  counts = jnp.repeat(index.counts, G, axis=1)
+  counts = jnp.repeat(index.counts[0], G, axis=1)
   top = jnp.max(jnp.asarray(scores), axis=-1, keepdims=True)
   tied = jnp.where(jnp.asarray(scores) == top, counts, 0)
   room = jnp.full((B, K * G, 1), 4, jnp.int32)
   earlier = jnp.cumsum(tied, axis=-1) - tied
   taken = WRONG[wrong](jnp.zeros_like(tied), room, earlier, tied)
   taken = jnp.max(taken.reshape(B, K, G, CELLS), axis=2)
-  got = in_slots(cell_index.selected(index, taken), token, eligible)
+  chosen = cell_index.selected(index.cells[0], index.ranks[0], taken)
+  got = in_slots(np.asarray(chosen).reshape(B, K, SLOTS), token, eligible)
   assert not np.array_equal(got, reference(cells, scores, eligible, 4))

@@ -6,8 +6,13 @@ codeword. A decode step scores the cells, cuts them, fetches the pages that hold
 attends to the chosen tokens alone, so its output is that of
 :class:`a2ats_jax.methods.a2ats_reference.A2ATSReference`.
 
-A token joins the index when it leaves the window, and its page is written at once; tokens that
-follow the prompt lie in order of arrival.
+A token joins the index when it leaves the window and is read from the ring until its page is full;
+then the page is sealed, written as one block. Tokens that follow the prompt lie in order of
+arrival.
+
+Pages are fetched a stage at a time into a buffer whose size is fixed, for as many stages as the
+KV head with the most pages needs: device memory does not grow with the budget, and nothing granted
+is left out unless ``fetch`` says so.
 """
 
 import dataclasses
@@ -21,18 +26,19 @@ from a2ats_jax import attention
 from a2ats_jax import index as cells
 from a2ats_jax import store as paged
 from a2ats_jax.budget import Budget
-from a2ats_jax.codebook import Codebook, encode, score_table
+from a2ats_jax.codebook import Codebook, encode
 from a2ats_jax.errors import UserError
 from a2ats_jax.far import FarPosition
 from a2ats_jax.methods import dense, selection
 from a2ats_jax.methods.base import Geometry, PromptLayer, Stats
-from a2ats_jax.rope import Rope, far_query, rotate
+from a2ats_jax.ops.paged_decode import paged_decode
+from a2ats_jax.rope import Rope, rotate
 from a2ats_jax.typing import Array, Bool, Float, Int
 
 
 @partial(
   jax.tree_util.register_dataclass,
-  data_fields=["length", "selected", "read", "tail", "pages", "dropped"],
+  data_fields=["length", "selected", "read", "tail", "pages", "moved", "dropped"],
   meta_fields=[],
 )
 @dataclasses.dataclass(frozen=True)
@@ -40,18 +46,20 @@ class PageStats(Stats):
   """What a step read, and moved.
 
   Attributes:
-    pages: pages fetched that hold a chosen token.
+    pages: pages that hold a chosen token.
+    moved: bytes copied from the store, whole stages.
     dropped: far tokens the budget granted and the fetch bound did not.
   """
 
   pages: Int[Array, "*L B S K"]
+  moved: Float[Array, "*L B S K"]
   dropped: Int[Array, "*L B S K"]
 
 
 @partial(
   jax.tree_util.register_dataclass,
-  data_fields=["store", "index", "sinks", "ring", "codes", "sums", "members", "starts", "first"],
-  meta_fields=["segments", "prompt_slots"],
+  data_fields=["store", "index", "near", "codes", "items", "sums", "members", "starts", "prompt"],
+  meta_fields=["segments", "prompt_slots", "capacity"],
 )
 @dataclasses.dataclass(frozen=True)
 class PagedState:
@@ -60,33 +68,52 @@ class PagedState:
   Attributes:
     store: pages of far tokens: those of the prompt by cell, then later ones by arrival.
     index: cell and rank of every slot of the store.
-    sinks: keys and values of the first tokens.
-    ring: keys and values of the last R tokens, position p in place p mod R.
-    codes: of the tokens in the ring.
+    near: keys and values of the first tokens, the sinks, and then of the last R tokens: position p
+      in place ``sinks + p mod R``.
+    codes: of the tokens in the ring, position p in place p mod R.
+    items: codes of the tokens that are cells of their own, M of them.
     sums, members: of every codeword's far tokens, the sum of values and their number.
     starts: where each row's segments start, from :meth:`FarPosition.starts`.
-    first: the first position of each row that is indexed after the prompt.
+    prompt: tokens of each row's prompt.
     segments: Z.
     prompt_slots: slots of the prompt's far tokens; later tokens follow.
+    capacity: no row ever holds more tokens.
   """
 
   store: paged.KVStore
   index: cells.CodeIndex
-  sinks: dense.DenseCache
-  ring: dense.DenseCache
+  near: dense.DenseCache
   codes: Int[Array, "L B K R"]
+  items: Int[Array, "L B K M"]
   sums: Float[Array, "L B K C D"]
   members: Float[Array, "L B K C"]
   starts: Int[Array, "B cuts"]
-  first: Int[Array, "B"]
+  prompt: Int[Array, "B"]
   segments: int
   prompt_slots: int
+  capacity: int
+
+  @property
+  def page(self) -> int:
+    """P, tokens a page."""
+    return self.store.page
 
 
 @partial(
   jax.tree_util.register_dataclass,
   data_fields=["codebook"],
-  meta_fields=["budget", "far", "tail", "window", "sinks", "page", "fetch", "order", "placement"],
+  meta_fields=[
+    "budget",
+    "far",
+    "tail",
+    "window",
+    "sinks",
+    "page",
+    "fetch",
+    "stage",
+    "order",
+    "placement",
+  ],
 )
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class A2ATS:
@@ -98,6 +125,8 @@ class A2ATS:
     fetch: pages a KV head may fetch in a step; 0 leaves it to the budget, so that nothing is ever
       dropped. Where the granted tokens need more, every query head of the KV head gives up its
       lowest-scoring tokens until they fit, and the statistics say how many.
+    stage: bytes of the device buffer that pages are fetched to, at least a page for every row and
+      KV head.
     order: of the prompt's tokens in pages; the output is the same.
     placement: of the pages.
   """
@@ -110,17 +139,18 @@ class A2ATS:
   sinks: int = 8
   page: int = 16
   fetch: int = 0
-  order: Literal["cell", "arrival"] = "cell"
+  stage: int = 16 << 20
+  order: cells.Order = "cell"
   placement: paged.Placement = "auto"
 
   def __post_init__(self):
     selection.check_near(sinks=self.sinks, window=self.window)
     if self.tail not in ("none", "centroid"):
       raise UserError(f"a2ats: tail must be none or centroid, got {self.tail!r}")
-    if self.page < 1 or self.fetch < 0:
+    if self.page < 1 or self.fetch < 0 or self.stage < 1:
       raise UserError(
-        f"a2ats: page must be at least 1 token and fetch 0 pages or more, got {self.page} and "
-        f"{self.fetch}"
+        "a2ats: page must be at least 1 token, fetch 0 pages or more and stage at least 1 byte, "
+        f"got {self.page}, {self.fetch} and {self.stage}"
       )
 
   @property
@@ -129,18 +159,12 @@ class A2ATS:
 
   def init(self, geometry: Geometry) -> PagedState:
     g = geometry
-    segments = self.far.count(self.window, g.new)
-    prompt_slots = _whole(g.prompt, self.page)
-    slots = prompt_slots + _whole(g.new + self.window, self.page)
-    lead = (g.layers, g.batch, g.kv_heads)
-    recent = _whole(self.window, self.page) + self.page
     size, dim = self.codebook.size, g.head_dim
-    count = segments * size
-
-    def cache(tokens: int) -> dense.DenseCache:
-      shape = (*lead, tokens, dim)
-      return dense.DenseCache(jnp.zeros(shape, g.dtype), jnp.zeros(shape, g.dtype))
-
+    prompt_slots = _whole(g.prompt, self.page)
+    slots = prompt_slots + _whole(g.new, self.page)
+    lead = (g.layers, g.batch, g.kv_heads)
+    ring = _ring(self.window, self.page)
+    near = (*lead, self.sinks + ring, dim)
     return PagedState(
       store=paged.open_store(
         layers=g.layers,
@@ -152,35 +176,39 @@ class A2ATS:
         dtype=g.dtype,
         placement=self.placement,
       ),
-      index=cells.CodeIndex(
-        jnp.zeros((*lead, count), jnp.int32),
-        jnp.full((*lead, slots), count, jnp.int32),
-        jnp.zeros((*lead, slots), jnp.int32),
+      index=cells.empty(
+        lead,
+        count=self.far.cells(self.window, g.new, size),
+        slots=slots,
+        page=self.page,
+        prompt=prompt_slots,
+        order=self.order,
       ),
-      sinks=cache(max(self.sinks, 1)),
-      ring=cache(recent),
-      codes=jnp.zeros((*lead, recent), jnp.int32),
+      near=dense.DenseCache(jnp.zeros(near, g.dtype), jnp.zeros(near, g.dtype)),
+      codes=jnp.zeros((*lead, ring), jnp.int32),
+      items=jnp.zeros((*lead, self.far.items(self.window, g.new)), jnp.int32),
       sums=jnp.zeros((*lead, size, dim)),
       members=jnp.zeros((*lead, size)),
       starts=self.far.starts(jnp.zeros(g.batch, jnp.int32), self.window, 0),
-      first=jnp.zeros(g.batch, jnp.int32),
-      segments=segments,
+      prompt=jnp.zeros(g.batch, jnp.int32),
+      segments=self.far.count(self.window, g.new),
       prompt_slots=prompt_slots,
+      capacity=g.capacity,
     )
 
   def absorb(self, state: PagedState, prompt: PromptLayer, *, layer: int | Array) -> PagedState:
     b, t, _, _ = prompt.keys.shape
-    lengths = prompt.lengths
+    lengths, size = prompt.lengths, self.codebook.size
     starts = self.far.starts(lengths, self.window, t)
     codes = jnp.swapaxes(encode(prompt.keys, self.codebook.layer(layer)), 1, 2).astype(jnp.int32)
     slot = jnp.broadcast_to(jnp.arange(t, dtype=jnp.int32)[None], (b, t))
     eligible = (slot >= self.sinks) & (slot < lengths[:, None] - self.window)
-    segment = self.far.segment_of(slot, starts)
-    index, token = cells.build(
-      segment[:, None] * self.codebook.size + codes,
+    built, token = cells.build(
+      self.far.cells_of(slot, codes, starts, size),
       eligible,
-      count=state.segments * self.codebook.size,
-      slots=state.index.cells.shape[3],
+      count=state.index.counts.shape[3],
+      slots=state.index.cells.shape[3] * self.page,
+      page=self.page,
       order=self.order,
     )
     k, v = jnp.swapaxes(prompt.rotated, 1, 2), jnp.swapaxes(prompt.values, 1, 2)
@@ -188,37 +216,32 @@ class A2ATS:
     sorted_k, sorted_v = (
       jnp.pad(jnp.take_along_axis(x, token[..., None], axis=2), more) for x in (k, v)
     )
-    # The latest position of each place of the ring; places no token has reached hold position 0's.
-    place = jnp.arange(state.ring.k.shape[3], dtype=jnp.int32)[None]
+    # The position in every place: first tokens, then the latest of each place of the ring. Places
+    # that no token has reached hold position 0's.
+    ring = state.codes.shape[3]
+    first = jnp.broadcast_to(jnp.arange(self.sinks, dtype=jnp.int32)[None], (b, self.sinks))
     last = lengths[:, None] - 1
-    recent = jnp.maximum(last - (last - place) % state.ring.k.shape[3], 0)[:, None, :, None]
-    first = jnp.arange(state.sinks.k.shape[3], dtype=jnp.int32)
-    first = jnp.broadcast_to(jnp.minimum(first, t - 1)[None, None, :, None], (b, 1, len(first), 1))
-    far_value = jnp.where(eligible[:, None, :, None], v, 0).astype(jnp.float32)
-    sums = _by_code(far_value, codes, self.codebook.size)
-    members = _by_code(
-      jnp.broadcast_to(eligible[:, None, :, None], (*codes.shape, 1)).astype(jnp.float32),
-      codes,
-      self.codebook.size,
-    )
+    latest = last - (last - jnp.arange(ring, dtype=jnp.int32)[None]) % ring
+    place = jnp.clip(jnp.concatenate([first, latest], axis=1), 0, t - 1)[:, None, :, None]
+    far = eligible[:, None, :, None]
+    sums = _by_code(jnp.where(far, v, 0).astype(jnp.float32), codes, size)
+    ones = jnp.broadcast_to(far.astype(jnp.float32), (*codes.shape, 1))
+    members = _by_code(ones, codes, size)[..., 0]
     put = partial(jax.lax.dynamic_update_index_in_dim, index=layer, axis=0)
+    near_k, near_v = (jnp.take_along_axis(x, place, axis=2) for x in (k, v))
     return dataclasses.replace(
       state,
       store=paged.write_prompt(state.store, sorted_k, sorted_v, layer=layer),
-      index=jax.tree.map(put, state.index, index),
-      sinks=dense.DenseCache(
-        put(state.sinks.k, jnp.take_along_axis(k, first, axis=2).astype(state.sinks.k.dtype)),
-        put(state.sinks.v, jnp.take_along_axis(v, first, axis=2).astype(state.sinks.v.dtype)),
+      index=jax.tree.map(put, state.index, built),
+      near=dense.DenseCache(
+        put(state.near.k, near_k.astype(state.near.k.dtype)),
+        put(state.near.v, near_v.astype(state.near.v.dtype)),
       ),
-      ring=dense.DenseCache(
-        put(state.ring.k, jnp.take_along_axis(k, recent, axis=2).astype(state.ring.k.dtype)),
-        put(state.ring.v, jnp.take_along_axis(v, recent, axis=2).astype(state.ring.v.dtype)),
-      ),
-      codes=put(state.codes, jnp.take_along_axis(codes, recent[..., 0], axis=2)),
+      codes=put(state.codes, jnp.take_along_axis(codes, place[:, :, self.sinks :, 0], axis=2)),
       sums=put(state.sums, sums),
-      members=put(state.members, members[..., 0]),
+      members=put(state.members, members),
       starts=starts,
-      first=jnp.maximum(lengths - self.window, self.sinks),
+      prompt=lengths,
     )
 
   def attend(
@@ -258,35 +281,39 @@ class A2ATS:
     layer: int | Array,
   ) -> tuple[Float[Array, "B 1 H D"], PagedState, PageStats]:
     """Store the token, index the one that leaves the window, choose, fetch, attend."""
-    now = positions[:, 0]
-    state = self._remember(state, k, v, now, rope, layer)
-    state, index = self._index_one(state, now, layer)
-    table = self._scores(state, q, positions, rope, layer)
-    granted = jnp.asarray(self.budget.resolve(dense_capacity(state)))[positions[:, 0] + 1]
-    taken, chosen, dropped = self._choose(index, table, granted)
+    now, book = positions[:, 0], self.codebook.layer(layer)
+    state = self._remember(state, k, v, now, rope, book, layer)
+    state = self._index_one(state, now, layer)
+    counts = dense.read(state.index.counts, layer)
+    table = self.score(state, q, positions, rope, layer)
+    taken, ids, pages, dropped = self.select(state, counts, table, now, layer)
     rotated = rotate(q, positions, rope)
-    part, near, pages = self._read(state, rotated, chosen, now, layer)
-    count = jnp.sum(chosen, axis=-1, dtype=jnp.int32)
+    part, moved = self._fetched(state, rotated, taken, ids, pages, layer)
+    near, read = self._near(state, rotated, taken, now, layer)
+    part = attention.merge([part, near])
+    selected = jnp.sum(taken, axis=-1)
     tail = jnp.zeros(q.shape[:3])
     if self.tail == "centroid":
-      rest = self._tail(state, table, index.counts - taken, layer)
+      rest = self._tail(state, table, counts - taken, layer)
       whole = attention.merge([part, rest])
       share = rest.total * jnp.exp(rest.peak - jnp.where(whole.total > 0, whole.peak, 0.0))
       tail = share / jnp.maximum(whole.total, jnp.finfo(jnp.float32).tiny)
       part = whole
     stats = PageStats(
       length=positions + 1,
-      selected=count[:, None],
-      read=(count + near[:, None])[:, None],
+      selected=selected[:, None],
+      read=(selected + read[:, None])[:, None],
       tail=tail,
       pages=pages[:, None],
+      moved=moved[:, None],
       dropped=dropped[:, None],
     )
+    live = now >= 0
     stats = jax.tree.map(
-      lambda x: jnp.where(jnp.expand_dims(now >= 0, tuple(range(1, x.ndim))), x, 0), stats
+      lambda x: jnp.where(jnp.expand_dims(live, tuple(range(1, x.ndim))), x, 0), stats
     )
-    live = (now >= 0)[:, None, None, None]
-    return jnp.where(live, attention.finish(part), 0.0).astype(q.dtype), state, stats
+    out = jnp.where(live[:, None, None, None], attention.finish(part), 0.0)
+    return out.astype(q.dtype), state, stats
 
   def _remember(
     self,
@@ -295,67 +322,86 @@ class A2ATS:
     v: Float[Array, "B 1 K D"],
     now: Int[Array, "B"],
     rope: Rope,
+    book: Codebook,
     layer: int | Array,
   ) -> PagedState:
     """The new token into the ring, and among the sinks if it is one."""
-    code = encode(k, self.codebook.layer(layer)).astype(jnp.int32)
+    ring = state.codes.shape[3]
+    code = encode(k, book).astype(jnp.int32)
     rotated = rotate(k, now[:, None], rope)
-    place = jnp.where(now < 0, -1, now % state.ring.k.shape[3])[:, None]
-    sink = jnp.where(now < state.sinks.k.shape[3], now, -1)[:, None]
+    place = jnp.where(now < 0, -1, now % ring)
+    both = jnp.stack(
+      [
+        jnp.where(now < 0, -1, self.sinks + place),
+        jnp.where(now < self.sinks, now, -1),  # a short prompt's sinks are still to come
+      ],
+      axis=1,
+    )
+
+    def twice(x: Array) -> Array:
+      return jnp.broadcast_to(x, (x.shape[0], 2, *x.shape[2:]))
+
     return dataclasses.replace(
       state,
-      ring=dense.DenseCache(
-        dense.append(state.ring.k, rotated, place, layer),
-        dense.append(state.ring.v, v, place, layer),
+      near=dense.DenseCache(
+        dense.append(state.near.k, twice(rotated), both, layer),
+        dense.append(state.near.v, twice(v), both, layer),
       ),
-      sinks=dense.DenseCache(
-        dense.append(state.sinks.k, rotated, sink, layer),
-        dense.append(state.sinks.v, v, sink, layer),
-      ),
-      codes=dense.append(state.codes, code, place, layer),
+      codes=dense.append(state.codes, code, place[:, None], layer),
     )
 
-  def _index_one(
-    self, state: PagedState, now: Int[Array, "B"], layer: int | Array
-  ) -> tuple[PagedState, cells.CodeIndex]:
-    """The token that leaves the window joins the index, the sums and its page."""
-    ring = state.ring.k.shape[3]
+  def _index_one(self, state: PagedState, now: Int[Array, "B"], layer: int | Array) -> PagedState:
+    """The token that leaves the window joins the index and the sums; a full page is sealed."""
+    ring, size = state.codes.shape[3], self.codebook.size
     leaving = now - self.window
-    there = (now >= 0) & (leaving >= state.first)
-    slot = jnp.where(there, state.prompt_slots + leaving - state.first, -1)
-    place = (jnp.maximum(leaving, 0) % ring)[:, None, None]
-    code = jnp.take_along_axis(dense.read(state.codes, layer), place, axis=2)[..., 0]
-    segment = self.far.segment_of(jnp.maximum(leaving, 0)[:, None], state.starts)
-    cell = jnp.minimum(segment, state.segments - 1) * self.codebook.size + code
-    index = cells.append(jax.tree.map(lambda x: dense.read(x, layer), state.index), cell, slot)
-    ring_k, ring_v = dense.read(state.ring.k, layer), dense.read(state.ring.v, layer)
-    value = jnp.take_along_axis(ring_v, place[..., None], axis=2)[:, :, 0]
-    b, kv_heads = code.shape
+    place = jnp.maximum(leaving, 0) % ring
+    item = now - state.prompt  # how many tokens left before it
+    there = (now >= 0) & (item >= 0) & (leaving >= self.sinks)
+    b, kv_heads = state.codes.shape[1:3]
     rows = jnp.arange(b, dtype=jnp.int32)[:, None]
     heads = jnp.arange(kv_heads, dtype=jnp.int32)[None]
+    code, value = jax.lax.optimization_barrier(
+      (
+        state.codes[layer, rows, heads, place[:, None]],
+        state.near.v[layer, rows, heads, self.sinks + place[:, None]],
+      )
+    )
+    cell = self.far.cells_of(leaving[:, None], code[:, :, None], state.starts, size)[..., 0]
+    cell = jnp.clip(cell, 0, state.index.counts.shape[3] - 1)
     one = there.astype(jnp.float32)[:, None]
-    # The whole page of that slot, from the ring; slots still to be filled get older tokens.
-    page = jnp.where(there, slot // self.page, -1)
-    start = state.first + page * self.page - state.prompt_slots
-    inside = (start[:, None] + jnp.arange(self.page, dtype=jnp.int32)[None]) % ring
-    inside = inside[:, None, :, None]
-    put = partial(jax.lax.dynamic_update_index_in_dim, index=layer, axis=0)
-    state = dataclasses.replace(
+    items = state.items
+    if items.shape[3]:
+      items = dense.append(items, code[:, None], jnp.where(there, item, -1)[:, None], layer)
+    return dataclasses.replace(
       state,
-      index=jax.tree.map(put, state.index, index),
+      index=cells.append(
+        state.index, cell, jnp.where(there, state.prompt_slots + item, -1), layer=layer
+      ),
+      items=items,
       sums=state.sums.at[layer, rows, heads, code].add(value.astype(jnp.float32) * one[..., None]),
       members=state.members.at[layer, rows, heads, code].add(one),
-      store=paged.write_page(
-        state.store,
-        jnp.take_along_axis(ring_k, inside, axis=2),
-        jnp.take_along_axis(ring_v, inside, axis=2),
-        page,
-        layer=layer,
-      ),
+      store=self._seal(state, jnp.where(now < 0, -1, item), layer),
     )
-    return state, index
 
-  def _scores(
+  def _seal(self, state: PagedState, item: Int[Array, "B"], layer: int | Array) -> paged.KVStore:
+    """Write the page that ends with a row's ``item``, if one does."""
+    ends = (item >= 0) & ((item + 1) % self.page == 0)
+
+    def write(pages: Array) -> Array:
+      ring = state.codes.shape[3]
+      inside = (item - self.page + 1)[:, None] + jnp.arange(self.page, dtype=jnp.int32)[None]
+      inside = (state.prompt[:, None] - self.window + inside) % ring + self.sinks
+      rows = jnp.arange(inside.shape[0], dtype=jnp.int32)[:, None, None]
+      heads = jnp.arange(state.codes.shape[2], dtype=jnp.int32)[None, :, None]
+      k, v = (x[layer, rows, heads, inside[:, None]] for x in (state.near.k, state.near.v))
+      number = jnp.where(ends, (state.prompt_slots + item) // self.page, -1)
+      store = dataclasses.replace(state.store, pages=pages)
+      return paged.write_page(store, k, v, number, layer=layer).pages
+
+    pages = jax.lax.cond(jnp.any(ends), write, lambda pages: pages, state.store.pages)
+    return dataclasses.replace(state.store, pages=pages)
+
+  def score(
     self,
     state: PagedState,
     q: Float[Array, "B 1 H D"],
@@ -363,93 +409,146 @@ class A2ATS:
     rope: Rope,
     layer: int | Array,
   ) -> Float[Array, "B H cells"]:
-    """The far score of every cell, as in the reference."""
-    distance = self.far.distances(positions, state.starts, state.segments)
-    moved = far_query(
-      jnp.broadcast_to(q[:, :, None], (*q.shape[:2], state.segments, *q.shape[2:])), distance, rope
-    )
-    return score_table(moved, self.codebook.layer(layer).codewords)[:, 0]
+    """The far score of every cell, as in the reference.
 
-  def _choose(
-    self, index: cells.CodeIndex, table: Float[Array, "B H cells"], granted: Int[Array, "B"]
-  ) -> tuple[Int[Array, "B K cells"], Bool[Array, "B K slots"], Int[Array, "B K"]]:
-    """Tokens taken of every cell, their slots, and how many the fetch bound took away."""
-    kv_heads = index.counts.shape[1]
-    b, heads, size = table.shape
+    Args:
+      q: before rotary embedding.
+    """
+    table = selection.far_scores(
+      q,
+      dense.read(state.items, layer),
+      positions=positions,
+      starts=state.starts,
+      far=self.far,
+      segments=state.segments,
+      book=self.codebook.layer(layer),
+      rope=rope,
+    )
+    return table[:, 0]
+
+  def select(
+    self,
+    state: PagedState,
+    counts: Int[Array, "B K cells"],
+    table: Float[Array, "B H cells"],
+    now: Int[Array, "B"],
+    layer: int | Array,
+  ) -> tuple[Int[Array, "B K cells"], Int[Array, "B K N"], Int[Array, "B K"], Int[Array, "B K"]]:
+    """From scores to tokens taken of every cell and the pages that hold them.
+
+    The page that is not full yet is in the ring, and none of these pages.
+
+    Args:
+      counts: tokens of every cell.
+      now: positions of the queries.
+
+    Returns:
+      Tokens taken of every cell, page numbers, how many of these count, and how many tokens the
+      fetch bound took away.
+    """
+    granted = jnp.asarray(self.budget.resolve(state.capacity))[now + 1]
+    b, kv_heads, size = counts.shape
+    scores = table
+    if self.budget.per == "kv_head":
+      logits = table * self.codebook.codewords.shape[-1] ** -0.5
+      scores = cells.kv_head_scores(logits[:, None], counts[:, None])[:, 0]
     # Each KV head by itself from here on, so that one that does not fit leaves others alone.
-    alone = cells.CodeIndex(*(x.reshape(b * kv_heads, 1, -1) for x in _fields(index)))
-    scores = table.reshape(b * kv_heads, heads // kv_heads, size)
+    scores = scores.reshape(b * kv_heads, -1, size)
+    alone = counts.reshape(b * kv_heads, 1, size)
+    held = cells.page_cells(state.index, layer=layer)
+    held = jax.tree.map(lambda x: x.reshape(b * kv_heads, 1, *x.shape[2:]), held)
     most = jnp.repeat(granted, kv_heads)
+    number = jnp.arange(state.index.cells.shape[3], dtype=jnp.int32)
+    full = number[None] * self.page < _sealed(state, now)[:, None]
+    full = jnp.repeat(full, kv_heads, axis=0)[:, None]
 
     def pick(count: Int[Array, "rows"]) -> tuple[Array, Array]:
       taken = cells.select(alone, scores, count)
-      return taken, cells.selected(alone, taken)
+      return taken, cells.pages_of(held, taken) & full
 
-    taken, chosen = pick(most)
-    wanted = jnp.sum(chosen, axis=-1, dtype=jnp.int32)
+    taken, pages = pick(most)
+    wanted = jnp.sum(taken, axis=-1)
     if self.fetch:
 
-      def fits(count: Array) -> Array:
-        pages = cells.pages_of(pick(count)[1], self.page)
+      def fits(pages: Array) -> Array:
         return jnp.sum(pages, axis=(1, 2)) <= self.fetch
 
       def halve(_: Array, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
         low, high = bounds  # low fits
         middle = (low + high + 1) // 2
-        good = fits(middle)
+        good = fits(pick(middle)[1])
         return jnp.where(good, middle, low), jnp.where(good, high, middle - 1)
 
       def shrink() -> tuple[Array, Array]:
-        steps = max(int(self.budget.resolve(chosen.shape[-1]).max()).bit_length(), 1)
+        steps = max(int(self.budget.resolve(state.capacity).max()).bit_length(), 1)
         return pick(jax.lax.fori_loop(0, steps, halve, (jnp.zeros_like(most), most))[0])
 
-      taken, chosen = jax.lax.cond(jnp.all(fits(most)), lambda: (taken, chosen), shrink)
-    dropped = wanted - jnp.sum(chosen, axis=-1, dtype=jnp.int32)
-    return (
-      taken.reshape(b, kv_heads, size),
-      chosen.reshape(b, kv_heads, -1),
-      dropped.reshape(b, kv_heads),
-    )
+      taken, pages = jax.lax.cond(jnp.all(fits(pages)), lambda: (taken, pages), shrink)
+    dropped = wanted - jnp.sum(taken, axis=-1)
+    ids, count = cells.compact(pages.reshape(b, kv_heads, -1))
+    return taken.reshape(b, kv_heads, size), ids, count, dropped.reshape(b, kv_heads)
 
-  def _read(
+  def _fetched(
     self,
     state: PagedState,
     q: Float[Array, "B 1 H D"],
-    chosen: Bool[Array, "B K slots"],
+    taken: Int[Array, "B K cells"],
+    ids: Int[Array, "B K N"],
+    count: Int[Array, "B K"],
+    layer: int | Array,
+  ) -> tuple[attention.Part, Float[Array, "B K"]]:
+    """Attention over the chosen tokens of sealed pages, and bytes moved."""
+    b, kv_heads, total = ids.shape
+    stage = self.stage // (b * kv_heads * state.store.page_bytes)
+    stage = max(1, min(stage, total))
+    ids = jnp.pad(ids, ((0, 0), (0, 0), (0, -total % stage)))
+    stages = (jnp.max(count) + stage - 1) // stage
+
+    def step(done: Array, part: attention.Part) -> attention.Part:
+      here = jax.lax.dynamic_slice_in_dim(ids, done * stage, stage, axis=2)
+      place = done * stage + jnp.arange(stage, dtype=jnp.int32)
+      used = place[None, None] < count[..., None]
+      keys, values = paged.fetch(state.store, here, layer=layer)
+      chosen = cells.selected(*cells.look(state.index, here, layer=layer), taken)
+      new = paged_decode(q, keys, values, chosen & used[..., None])
+      return attention.merge([part, new])
+
+    nothing = attention.Part(
+      jnp.zeros(q.shape, jnp.float32), jnp.full(q.shape[:3], -jnp.inf), jnp.zeros(q.shape[:3])
+    )
+    part = jax.lax.fori_loop(0, stages, step, nothing)
+    moved = (stages * (stage * state.store.page_bytes)).astype(jnp.float32)
+    return part, jnp.broadcast_to(moved, count.shape)
+
+  def _near(
+    self,
+    state: PagedState,
+    q: Float[Array, "B 1 H D"],
+    taken: Int[Array, "B K cells"],
     now: Int[Array, "B"],
     layer: int | Array,
-  ) -> tuple[attention.Part, Int[Array, "B"], Int[Array, "B K"]]:
-    """Exact attention over chosen tokens, sinks and window; what was read in any case; pages."""
-    b, kv_heads, slots = chosen.shape
-    total = slots // self.page
-    bound = min(self.fetch or total, total)
-    holds = cells.pages_of(chosen, self.page)
-    pages = jnp.sum(holds, axis=-1, dtype=jnp.int32)
-    rows = jnp.arange(b, dtype=jnp.int32)[:, None, None]
-    heads = jnp.arange(kv_heads, dtype=jnp.int32)[None, :, None]
-    place = jnp.where(holds, jnp.cumsum(holds, axis=-1, dtype=jnp.int32) - 1, bound)
-    number = jnp.broadcast_to(jnp.arange(total, dtype=jnp.int32)[None, None], holds.shape)
-    ids = jnp.full((b, kv_heads, bound), -1, jnp.int32)
-    ids = ids.at[rows, heads, place].set(number, mode="drop")
-    used = ids >= 0
-    ids = jnp.maximum(ids, 0)
-    fetched_k, fetched_v = paged.fetch(state.store, ids, layer=layer)
-    of_page = chosen.reshape(b, kv_heads, total, self.page)
-    mask = jnp.take_along_axis(of_page, ids[..., None], axis=2) & used[..., None]
-    mask = mask.reshape(b, 1, kv_heads, bound * self.page)
-    parts = [dense.attend_masked(q, fetched_k, fetched_v, mask)]
-
-    sink = jnp.arange(state.sinks.k.shape[3], dtype=jnp.int32)[None]
-    sink = (sink < self.sinks) & (sink <= now[:, None])
-    ring = state.ring.k.shape[3]
-    held = jnp.arange(ring, dtype=jnp.int32)[None]
-    held = now[:, None] - (now[:, None] - held) % ring  # the position in each place
+  ) -> tuple[attention.Part, Int[Array, "B"]]:
+    """Attention over sinks, window and chosen tokens of the page that is not full yet."""
+    ring, page = state.codes.shape[3], self.page
+    place = jnp.arange(ring, dtype=jnp.int32)[None]
+    held = now[:, None] - (now[:, None] - place) % ring  # the position in each place
     recent = (held >= self.sinks) & (held > now[:, None] - self.window)
-    for cache, seen in ((state.sinks, sink), (state.ring, recent)):
-      keys, values = dense.read(cache.k, layer), dense.read(cache.v, layer)
-      parts.append(dense.attend_masked(q, keys, values, seen[:, None, None]))
-    near = jnp.sum(sink, axis=-1, dtype=jnp.int32) + jnp.sum(recent, axis=-1, dtype=jnp.int32)
-    return attention.merge(parts), near, pages
+    sink = jnp.arange(self.sinks, dtype=jnp.int32)[None] <= now[:, None]
+    always = jnp.concatenate([sink, recent], axis=1)
+
+    b, kv_heads = taken.shape[:2]
+    sealed = _sealed(state, now)
+    number = jnp.minimum(sealed // page, state.index.cells.shape[3] - 1)
+    number = jnp.broadcast_to(number[:, None, None], (b, kv_heads, 1))
+    chosen = cells.selected(*cells.look(state.index, number, layer=layer), taken)[:, :, 0]
+    item = held - (state.prompt - self.window - state.prompt_slots + sealed)[:, None]
+    inside = (item >= 0) & (held <= (now - self.window)[:, None])
+    item = jnp.broadcast_to(jnp.clip(item, 0, page - 1)[:, None], (b, kv_heads, ring))
+    chosen = jnp.take_along_axis(chosen, item, axis=2) & inside[:, None]
+    chosen = jnp.pad(chosen, ((0, 0), (0, 0), (self.sinks, 0)))
+    mask = (always[:, None] | chosen)[:, None]
+    keys, values = dense.read(state.near.k, layer), dense.read(state.near.v, layer)
+    return dense.attend_masked(q, keys, values, mask), jnp.sum(always, axis=-1, dtype=jnp.int32)
 
   def _tail(
     self,
@@ -460,32 +559,40 @@ class A2ATS:
   ) -> attention.Part:
     """What was not taken: weight by cell, value by codeword."""
     b, heads, count = table.shape
-    kv_heads = rest.shape[1]
-    group, size = heads // kv_heads, self.codebook.size
+    kv_heads, size = rest.shape[1], self.codebook.size
+    group, old = heads // kv_heads, self.far.prompt_segments
     left = jnp.repeat(rest, group, axis=1)
     scores = jnp.where(left > 0, table * state.sums.shape[-1] ** -0.5, -jnp.inf)
     peak = jnp.max(scores, axis=-1)
     weight = jnp.exp(scores - jnp.where(jnp.isfinite(peak), peak, 0.0)[..., None])
     weight = weight * left.astype(jnp.float32)
-    by_code = jnp.sum(weight.reshape(b, heads, count // size, size), axis=2)
-    members = dense.read(state.members, layer)[..., None]
-    mean = dense.read(state.sums, layer) / jnp.maximum(members, 1.0)
-    out = attention.weigh(by_code[:, None], mean)
+    by_code = jnp.sum(weight[..., : old * size].reshape(b, heads, old, size), axis=2)
+    if count > old * size:
+      codes = jnp.repeat(dense.read(state.items, layer), group, axis=1)
+      every = jnp.arange(b, dtype=jnp.int32)[:, None, None]
+      head = jnp.arange(heads, dtype=jnp.int32)[None, :, None]
+      by_code = by_code.at[every, head, codes].add(weight[..., old * size :])
+    members = jnp.repeat(dense.read(state.members, layer), group, axis=1)
+    out = attention.weigh(
+      (by_code / jnp.maximum(members, 1.0))[:, None], dense.read(state.sums, layer)
+    )
     return attention.Part(out, peak[:, None], jnp.sum(weight, axis=-1)[:, None])
 
 
-def dense_capacity(state: PagedState) -> int:
-  """No row ever holds more tokens."""
-  return state.index.cells.shape[3] + state.sinks.k.shape[3] + state.ring.k.shape[3]
-
-
-def _fields(index: cells.CodeIndex) -> tuple[Array, Array, Array]:
-  return index.counts, index.cells, index.ranks
+def _sealed(state: PagedState, now: Int[Array, "B"]) -> Int[Array, "B"]:
+  """Slots in pages that are written: the prompt's, and the full ones after it."""
+  items = jnp.maximum(now - state.prompt + 1, 0)
+  return state.prompt_slots + items // state.page * state.page
 
 
 def _whole(tokens: int, page: int) -> int:
   """Tokens rounded up to whole pages."""
   return -(-tokens // page) * page
+
+
+def _ring(window: int, page: int) -> int:
+  """R: the window and the page that is not full yet, rounded up to whole pages."""
+  return _whole(window, page) + page
 
 
 def _by_code(

@@ -5,8 +5,9 @@ path) codes the new key, scores every far token by its codeword with the query r
 distance (Eq. 12), takes the first k tokens per query head, joins the choices of a group, and runs
 exact attention with ordinary rotary embedding over them, the sinks and the window.
 
-Two extensions, both off by default: far positions by segment (:class:`a2ats_jax.far.FarPosition`)
-and ``tail="centroid"``, which estimates what is not read from the codewords.
+Three extensions, all off by default: far positions by segment
+(:class:`a2ats_jax.far.FarPosition`), ``tail="centroid"``, which estimates what is not read from the
+codewords, and budgets that a group shares (:class:`a2ats_jax.budget.Budget`).
 
 Differs from the authors' code: where the budget grants more tokens than are eligible just those are
 chosen (theirs would choose sinks and window again), ties go by (score, cell, index), and rows of a
@@ -22,12 +23,13 @@ import jax.numpy as jnp
 
 from a2ats_jax import attention
 from a2ats_jax.budget import Budget
-from a2ats_jax.codebook import Codebook, encode, score_table
+from a2ats_jax.codebook import Codebook, encode
 from a2ats_jax.errors import UserError
 from a2ats_jax.far import FarPosition
+from a2ats_jax.index import kv_head_scores
 from a2ats_jax.methods import dense, selection
 from a2ats_jax.methods.base import Geometry, PromptLayer, Stats
-from a2ats_jax.rope import Rope, far_query, rotate
+from a2ats_jax.rope import Rope, rotate
 from a2ats_jax.typing import Array, Bool, Float, Int, UInt16
 
 
@@ -64,7 +66,7 @@ class A2ATSReference:
 
   Attributes:
     codebook: of all layers.
-    budget: far tokens per query head.
+    budget: far tokens per query head, or per KV head.
     far: where far tokens are taken to stand; the default is the paper's.
     tail: ``"centroid"`` adds every far token that was not chosen with the weight of its cell's
       score and, as value, the mean value of its codeword over all far tokens of the row.
@@ -168,7 +170,7 @@ class A2ATSReference:
   ) -> tuple[
     Float[Array, "B S H T"], Bool[Array, "B S H T"], Bool[Array, "B S T"], Bool[Array, "B S T"]
   ]:
-    """Steps 2 to 5: score, mask, choose per query head; the tokens are already appended.
+    """Steps 2 to 5: score, mask, choose; the tokens are already appended.
 
     Args:
       q: before rotary embedding.
@@ -177,20 +179,38 @@ class A2ATSReference:
       Far scores (no ``1/sqrt(D)``), the tokens chosen, the tokens read in any case, and the
       eligible tokens.
     """
-    slots = state.codes.shape[3]
-    slot = jnp.broadcast_to(jnp.arange(slots, dtype=positions.dtype)[None], (q.shape[0], slots))
-    segment = self.far.segment_of(slot, state.starts)
-    cells = segment[:, None] * self.codebook.size + dense.read(state.codes, layer).astype(jnp.int32)
-    distance = self.far.distances(positions, state.starts, state.segments)
-    moved = far_query(
-      jnp.broadcast_to(q[:, :, None], (*q.shape[:2], state.segments, *q.shape[2:])), distance, rope
+    b, heads = q.shape[0], q.shape[2]
+    kv_heads, slots = state.codes.shape[2:]
+    slot = jnp.broadcast_to(jnp.arange(slots, dtype=positions.dtype)[None], (b, slots))
+    codes = dense.read(state.codes, layer).astype(jnp.int32)
+    cells = self.far.cells_of(slot, codes, state.starts, self.codebook.size)
+    items = (state.segments - self.far.prompt_segments) * self.far.span
+    later = state.starts[:, -1:] + jnp.arange(items, dtype=jnp.int32)[None]
+    table = selection.far_scores(
+      q,
+      jnp.take_along_axis(codes, jnp.clip(later, 0, slots - 1)[:, None], axis=2),
+      positions=positions,
+      starts=state.starts,
+      far=self.far,
+      segments=state.segments,
+      book=self.codebook.layer(layer),
+      rope=rope,
     )
-    table = score_table(moved, self.codebook.layer(layer).codewords)
-    group = q.shape[2] // cells.shape[1]
-    scores = jnp.take_along_axis(table, jnp.repeat(cells, group, axis=1)[:, None], axis=-1)
+    cells = jnp.minimum(cells, table.shape[-1] - 1)  # slots that no token of the row will reach
     near, far = selection.near_and_far(positions, slots, sinks=self.sinks, window=self.window)
-    chosen = selection.choose(scores, cells, far, positions + 1, self.budget)
-    return scores, chosen, near, far
+
+    def of_tokens(table: Float[Array, "B S heads cells"]) -> Float[Array, "B S heads T"]:
+      mine = jnp.repeat(cells, table.shape[2] // kv_heads, axis=1)
+      return jnp.take_along_axis(table, mine[:, None], axis=-1)
+
+    scores = of_tokens(table)
+    if self.budget.per == "query_head":
+      chosen = selection.choose(scores, cells, far, positions + 1, self.budget)
+      return scores, chosen, near, far
+    counts = _by_cell(far, cells, table.shape[-1])
+    shared = of_tokens(kv_head_scores(table * q.shape[-1] ** -0.5, counts))
+    chosen = selection.choose(shared, cells, far, positions + 1, self.budget)
+    return scores, jnp.repeat(chosen, heads // kv_heads, axis=2), near, far
 
   def _tail(
     self,
@@ -228,3 +248,16 @@ class A2ATSReference:
     share = jnp.where(far[:, :, None], share, 0.0)
     out = attention.weigh(share, dense.read(state.cache.v, layer))
     return attention.Part(out, peak, jnp.sum(weight, axis=-1))
+
+
+def _by_cell(
+  far: Bool[Array, "B S T"], cells: Int[Array, "B K T"], count: int
+) -> Int[Array, "B S K cells"]:
+  """Eligible tokens of every cell."""
+
+  def one(there: Array, cell: Array) -> Array:
+    return jnp.zeros(count, jnp.int32).at[cell].add(there.astype(jnp.int32))
+
+  of_heads = jax.vmap(one, in_axes=(None, 0))
+  of_queries = jax.vmap(of_heads, in_axes=(0, None))
+  return jax.vmap(of_queries)(far, cells)

@@ -65,6 +65,7 @@ class Oracle:
     scores = attention.logits(q, keys)
     near, far = selection.near_and_far(positions, slots, sinks=self.sinks, window=self.window)
     no_cells = jnp.zeros((keys.shape[0], kv_heads, slots), jnp.int32)
-    chosen = selection.choose(scores, no_cells, far, positions + 1, self.budget)
+    ranked = selection.of_budget(self.budget, scores, far, kv_heads)
+    chosen = selection.choose(ranked, no_cells, far, positions + 1, self.budget)
     part, _, stats = selection.read_exactly(q, keys, values, chosen, near, positions + 1)
     return attention.finish(part).astype(q.dtype), state, stats

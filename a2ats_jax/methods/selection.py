@@ -1,4 +1,4 @@
-"""Choosing far tokens by score: the published order, and the union over a group.
+"""Scoring and choosing far tokens: the published order, and the union over a group.
 
 Shared by the reference, the oracle and the ablations; the fast path has to choose the same set.
 """
@@ -8,9 +8,13 @@ import jax.numpy as jnp
 
 from a2ats_jax import attention
 from a2ats_jax.budget import Budget
+from a2ats_jax.codebook import Codebook, item_scores, score_table
 from a2ats_jax.errors import UserError
+from a2ats_jax.far import FarPosition
+from a2ats_jax.index import kv_head_scores
 from a2ats_jax.methods.base import Stats
 from a2ats_jax.methods.dense import attend_masked
+from a2ats_jax.rope import Rope, far_query
 from a2ats_jax.typing import Array, Bool, Float, Int
 
 
@@ -36,19 +40,67 @@ def near_and_far(
   return keep & (distance >= 0), ~keep
 
 
+def far_scores(
+  q: Float[Array, "B S H D"],
+  item_codes: Int[Array, "B K M"],
+  *,
+  positions: Int[Array, "B S"],
+  starts: Int[Array, "B cuts"],
+  far: FarPosition,
+  segments: int,
+  book: Codebook,
+  rope: Rope,
+) -> Float[Array, "B S H cells"]:
+  """The far score of every cell, for the reference and the fast path alike.
+
+  Args:
+    q: before rotary embedding.
+    item_codes: codewords of the tokens that are cells of their own, anything for those to come.
+    positions: of the queries.
+    starts: of the segments.
+    segments: Z.
+    book: of one layer.
+  """
+  distance = far.distances(positions, starts, segments)
+  b, s, h, d = q.shape
+  moved = far_query(jnp.broadcast_to(q[:, :, None], (b, s, segments, h, d)), distance, rope)
+  old = far.prompt_segments
+  table = score_table(moved[:, :, :old], book.codewords)
+  if segments == old:
+    return table
+  heads = jnp.arange(book.codewords.shape[0], dtype=jnp.int32)[None, :, None]
+  words = book.codewords[heads, item_codes]
+  return jnp.concatenate([table, item_scores(moved[:, :, old:], words)], axis=-1)
+
+
+def of_budget(
+  budget: Budget, logits: Float[Array, "B S H T"], eligible: Bool[Array, "B S T"], kv_heads: int
+) -> Float[Array, "B S heads T"]:
+  """Scores of the heads that a budget grants tokens to, where every token is a cell of its own.
+
+  Args:
+    logits: far scores of query heads, divided by ``sqrt(D)``.
+  """
+  if budget.per == "query_head":
+    return logits
+  b, s, t = eligible.shape
+  seen = jnp.broadcast_to(eligible[:, :, None], (b, s, kv_heads, t))
+  return kv_head_scores(logits, seen.astype(jnp.int32))
+
+
 def choose(
-  scores: Float[Array, "B S H T"],
+  scores: Float[Array, "B S heads T"],
   cells: Int[Array, "B K T"],
   eligible: Bool[Array, "B S T"],
   lengths: Int[Array, "B S"],
   budget: Budget,
-) -> Bool[Array, "B S H T"]:
-  """Per query head, the eligible tokens the budget grants, by (score down, cell up, index up).
+) -> Bool[Array, "B S heads T"]:
+  """Per head, the eligible tokens the budget grants, by (score down, cell up, index up).
 
   All of them when fewer are eligible. Tokens of one cell must carry the same score.
 
   Args:
-    scores: far score of every token.
+    scores: far score of every token, of query heads or, for a budget per KV head, of KV heads.
     cells: the cell of every token; all zero where ties go by index alone.
     lengths: tokens cached up to each query, with its own.
   """
@@ -79,7 +131,7 @@ def choose(
   return chosen.reshape(b, s, h, t)
 
 
-def union(chosen: Bool[Array, "B S H T"], kv_heads: int) -> Bool[Array, "B S K T"]:
+def union(chosen: Bool[Array, "B S heads T"], kv_heads: int) -> Bool[Array, "B S K T"]:
   """Tokens that any query head of a KV head's group chose."""
   b, s, h, t = chosen.shape
   return jnp.any(chosen.reshape(b, s, kv_heads, h // kv_heads, t), axis=3)
@@ -89,7 +141,7 @@ def read_exactly(
   q: Float[Array, "B S H D"],
   keys: Float[Array, "B K T D"],
   values: Float[Array, "B K T D"],
-  chosen: Bool[Array, "B S H T"],
+  chosen: Bool[Array, "B S heads T"],
   near: Bool[Array, "B S T"],
   lengths: Int[Array, "B S"],
 ) -> tuple[attention.Part, Bool[Array, "B S K T"], Stats]:

@@ -142,7 +142,7 @@ def test_padding_is_neither_stored_nor_attended():
   np.testing.assert_array_equal(out[1], 0)
   np.testing.assert_array_equal(out[jnp.asarray([0, 2])], want[jnp.asarray([0, 2])])
   assert all(not np.any(np.asarray(x)[1]) for x in jax.tree.leaves(stats))
-  for name in ("store", "index", "sinks", "ring", "codes", "sums", "members"):
+  for name in ("store", "index", "near", "codes", "items", "sums", "members"):
     pairs = zip(jax.tree.leaves(getattr(state, name)), jax.tree.leaves(getattr(after, name)))
     for before, now in pairs:
       np.testing.assert_array_equal(np.asarray(before)[:, 1], np.asarray(now)[:, 1], name)

@@ -14,7 +14,7 @@ from a2ats_jax.budget import Budget
 from a2ats_jax.codebook import Codebook, make_codebook
 from a2ats_jax.errors import UserError
 from a2ats_jax.far import FarPosition
-from a2ats_jax.methods import a2ats_reference, selection
+from a2ats_jax.methods import selection
 from a2ats_jax.methods.a2ats_reference import A2ATSReference
 from a2ats_jax.methods.full import Full
 from tests import cases, independent
@@ -50,6 +50,14 @@ OPTIONS = {
   },
   "tail of segments": {
     "budget": Budget(ratio=0.2),
+    "far": FarPosition.segments(3, span=3),
+    "tail": "centroid",
+    "window": 4,
+    "sinks": 2,
+  },
+  "shared": {"budget": Budget(tokens=6, per="kv_head"), "window": 4, "sinks": 2},
+  "shared, tail of segments": {
+    "budget": Budget(ratio=0.25, per="kv_head"),
     "far": FarPosition.segments(3, span=3),
     "tail": "centroid",
     "window": 4,
@@ -398,10 +406,10 @@ def test_query_scale_missing_is_caught(monkeypatch):
   """A far score carries the rotary multiplier twice; the tail's weights show it."""
   method, cache = wrong_case("tail")
   cache = dataclasses.replace(cache, rope=cases.rope_named("yarn", cache.shape.head_dim))
-  right = a2ats_reference.far_query
+  right = selection.far_query
   compare_outputs(method, method, cache)
   monkeypatch.setattr(
-    a2ats_reference, "far_query", lambda q, distance, rope: right(q, distance, rope) / rope.scale
+    selection, "far_query", lambda q, distance, rope: right(q, distance, rope) / rope.scale
   )
   with pytest.raises(AssertionError, match="Not equal to tolerance"):
     compare_outputs(method, method, cache, patched_attend())

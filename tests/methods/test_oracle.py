@@ -18,6 +18,7 @@ OPTIONS = [
   ("pairs", Oracle(budget=Budget(tokens=1), window=1, sinks=0)),
   ("pairs", Oracle(budget=Budget(ratio=0.0), window=3, sinks=1)),
   ("triple", Oracle(budget=Budget(tokens=3), window=2, sinks=1)),
+  ("pairs", Oracle(budget=Budget(tokens=3, per="kv_head"), window=2, sinks=1)),
 ]
 
 
