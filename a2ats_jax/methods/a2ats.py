@@ -33,7 +33,7 @@ from a2ats_jax.methods import dense, selection
 from a2ats_jax.methods.base import Geometry, PromptLayer, Stats
 from a2ats_jax.ops.paged_decode import paged_decode
 from a2ats_jax.rope import Rope, rotate
-from a2ats_jax.typing import Array, Bool, Float, Int
+from a2ats_jax.typing import Array, Float, Int
 
 
 @partial(
@@ -286,7 +286,7 @@ class A2ATS:
     state = self._index_one(state, now, layer)
     counts = dense.read(state.index.counts, layer)
     table = self.score(state, q, positions, rope, layer)
-    taken, ids, pages, dropped = self.select(state, counts, table, now, layer)
+    taken, ids, pages, dropped = self.choose(state, counts, table, now, layer)
     rotated = rotate(q, positions, rope)
     part, moved = self._fetched(state, rotated, taken, ids, pages, layer)
     near, read = self._near(state, rotated, taken, now, layer)
@@ -426,7 +426,7 @@ class A2ATS:
     )
     return table[:, 0]
 
-  def select(
+  def choose(
     self,
     state: PagedState,
     counts: Int[Array, "B K cells"],
