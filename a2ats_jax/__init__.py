@@ -4,7 +4,7 @@ from a2ats_jax.budget import Budget
 from a2ats_jax.codebook import Codebook, encode, load_codebooks, make_codebook, save_codebooks
 from a2ats_jax.errors import UserError
 from a2ats_jax.far import FarPosition
-from a2ats_jax.generate import decode_step, greedy, pad_prompts, prefill
+from a2ats_jax.generate import decode_step, pad_prompts, prefill
 from a2ats_jax.methods.a2ats import A2ATS
 from a2ats_jax.methods.a2ats_reference import A2ATSReference
 from a2ats_jax.methods.base import Geometry, Method, PromptLayer, Stats
@@ -12,6 +12,7 @@ from a2ats_jax.methods.full import Full
 from a2ats_jax.methods.oracle import Oracle
 from a2ats_jax.models.model import Model, load_model
 from a2ats_jax.rope import Rope, RopeConfig, make_rope, rotate, windowed_logits
+from a2ats_jax.sampling import Sampling
 
 __all__ = [
   "A2ATS",
@@ -27,11 +28,11 @@ __all__ = [
   "PromptLayer",
   "Rope",
   "RopeConfig",
+  "Sampling",
   "Stats",
   "UserError",
   "decode_step",
   "encode",
-  "greedy",
   "load_codebooks",
   "load_model",
   "make_codebook",

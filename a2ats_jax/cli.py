@@ -23,6 +23,7 @@ from a2ats_jax.errors import UserError
 if TYPE_CHECKING:
   from a2ats_jax.codebook import Codebook
   from a2ats_jax.models.model import Model
+  from a2ats_jax.sampling import Sampling
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
 
@@ -145,7 +146,7 @@ class MethodArgs(ModelArgs):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Generate(MethodArgs):
-  """Continue a prompt greedily and stream the text."""
+  """Continue a prompt and stream the text."""
 
   prompt: str | None = None
   """The prompt itself."""
@@ -157,6 +158,16 @@ class Generate(MethodArgs):
   """Far tokens a query head reads: 0.03 is a share of the context, 2048 a number of tokens."""
   new: int = 128
   """Tokens to generate at most."""
+  temperature: float = 0.0
+  """What logits are divided by before a token is drawn; 0 takes the likeliest token."""
+  top_k: int = 0
+  """Draw among this many of the likeliest tokens; 0 is all."""
+  top_p: float = 1.0
+  """Draw among the fewest tokens that hold this much probability, above 0 to 1."""
+  seed: int = 0
+  """Of the draws: the same seed gives the same text, whatever --block is."""
+  block: int = 16
+  """Tokens between two updates of the stream. More waits less for the device; the text stays."""
   raw: bool = False
   """Take the prompt as it is instead of as a chat message."""
   json: bool = False
@@ -165,6 +176,7 @@ class Generate(MethodArgs):
   def run(self) -> None:
     from a2ats_jax.budget import Budget
     from a2ats_jax.methods import registry
+    from a2ats_jax.sampling import Sampling
 
     if (self.prompt is None) == (self.prompt_file is None):
       raise UserError("prompt: give either --prompt or --prompt-file")
@@ -174,9 +186,10 @@ class Generate(MethodArgs):
     if not text:
       raise UserError("prompt: is empty, expected some text")
     spec, budget = registry.parse_method(self.method), Budget.parse(self.budget)
+    sampling = Sampling(temperature=self.temperature, top_k=self.top_k, top_p=self.top_p)
     model = _load(self)
     method = registry.build(spec, budget=budget, codebooks=_codebooks(self, model))
-    _stream(self, model, method, text)
+    _stream(self, model, method, text, sampling)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -381,8 +394,10 @@ def _codebooks(args: MethodArgs, model: "Model") -> "dict[str, Codebook]":
   return books
 
 
-def _stream(args: Generate, model: "Model", method: Any, text: str) -> None:
-  from a2ats_jax.generate import greedy
+def _stream(args: Generate, model: "Model", method: Any, text: str, sampling: "Sampling") -> None:
+  import numpy as np
+
+  from a2ats_jax.generate import generate
 
   tokenizer = model.tokenizer
   if not args.raw and tokenizer.has_chat:
@@ -397,28 +412,32 @@ def _stream(args: Generate, model: "Model", method: Any, text: str) -> None:
     if not args.json:
       print(piece, end="", flush=True)
 
-  first, made = 0.0, []
+  made = []
   with Bars() as bars:
-    tokens = greedy(
+    blocks = generate(
       model.decoder,
       method,
       [ids],
       new=args.new,
+      sampling=sampling,
       stop=tokenizer.eos_ids,
+      seed=args.seed,
+      block=args.block,
       progress=partial(bars, "prefill"),
     )
-    token, stats = next(tokens)
+    block = next(blocks)
     first = time.perf_counter() - started
-  while True:
-    if int(token[0]) in tokenizer.eos_ids:
-      break
-    made.append(int(token[0]))
-    emit(stream.push(made[-1]))
-    try:
-      token, stats = next(tokens)
-    except StopIteration:
-      break
-    read.append(float((stats.read / stats.length[..., None]).mean()))
+  while block is not None:
+    tokens = [token for token in block.tokens[0].tolist() if token not in tokenizer.eos_ids]
+    made += tokens
+    emit("".join(stream.push(token) for token in tokens))
+    if block.stats is not None:
+      steps = block.tokens.shape[1]
+      share = (
+        np.asarray(block.stats.read)[:steps] / np.asarray(block.stats.length)[:steps, ..., None]
+      )
+      read += share.mean((1, 2, 3, 4)).tolist()
+    block = next(blocks, None)
   emit(stream.finish())
   seconds = time.perf_counter() - started - first
   record = {

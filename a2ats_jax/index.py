@@ -152,10 +152,12 @@ def append(
   heads = jnp.arange(kv_heads, dtype=jnp.int32)[None]
   there = (slot >= 0)[:, None]
   number, place = jnp.where(there, slot[:, None] // page, pages), slot[:, None] % page
-  rank = jax.lax.optimization_barrier(index.counts[layer, rows, heads, cell])
+  # The rank is read after the count goes up: read before, the counts of all layers are copied.
+  counts = index.counts.at[layer, rows, heads, cell].add(there.astype(jnp.int32))
+  rank = counts[layer, rows, heads, cell] - 1
   return dataclasses.replace(
     index,
-    counts=index.counts.at[layer, rows, heads, cell].add(there.astype(jnp.int32)),
+    counts=counts,
     cells=index.cells.at[layer, rows, heads, number, place].set(cell, mode="drop"),
     ranks=index.ranks.at[layer, rows, heads, number, place].set(rank, mode="drop"),
   )

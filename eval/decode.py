@@ -4,13 +4,15 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
-from a2ats_jax.generate import decode_step
+from a2ats_jax.generate import Rows, decode_block, decode_step
 from a2ats_jax.methods.base import Method, State
 from a2ats_jax.models.config import ModelConfig
 from a2ats_jax.models.decoder import Decoder
+from a2ats_jax.sampling import Sampling
 from a2ats_jax.typing import Float, Int
 
 _BLOCK = 32  # tokens decoded at once
@@ -94,23 +96,23 @@ def greedy_from(
   Returns:
     The tokens of each row, and the statistics of every step taken, ``[L, B, 1, ...]``.
   """
-  rows: list[list[int]] = [[] for _ in lengths]
-  token, positions = np.asarray(last, np.int32), np.array(lengths, np.int32)
-  live, stats = np.ones(len(rows), bool), []
-  for _ in range(new):
-    logits, state, figures = decode_step(
-      decoder,
-      method,
-      state,
-      jnp.asarray(np.where(live, token, 0)[:, None]),
-      jnp.asarray(np.where(live, positions, -1)[:, None]),
-    )
-    stats.append(figures_of(figures))
-    token = np.argmax(np.asarray(logits)[:, 0], axis=-1).astype(np.int32)
-    live &= ~np.isin(token, list(stop))
-    for row in np.flatnonzero(live):
-      rows[row].append(int(token[row]))
-    if not live.any():
-      break
-    positions = positions + 1
-  return rows, stats
+  rows = Rows(
+    state=state,
+    token=jnp.asarray(last, jnp.int32),
+    position=jnp.asarray(lengths, jnp.int32),
+    live=jnp.ones(len(lengths), bool),
+  )
+  tokens, stats, count, _ = decode_block(
+    decoder,
+    method,
+    rows,
+    jnp.full(len(lengths), new, jnp.int32),
+    jax.random.split(jax.random.key(0), len(lengths)),  # greedy draws nothing
+    jnp.asarray(stop, jnp.int32),
+    steps=new,
+    sampling=Sampling(),
+  )
+  ends = {-1, *stop}
+  made = [[token for token in row if token not in ends] for row in np.asarray(tokens).tolist()]
+  figures = figures_of(stats)
+  return made, [{name: x[i] for name, x in figures.items()} for i in range(int(count))]

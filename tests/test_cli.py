@@ -114,6 +114,32 @@ def test_generate_streams_the_same_text(capfd, model_dir):
   assert "prompt tokens in" in err
 
 
+def test_generate_draws_by_seed(capfd, model_dir):
+  """The same seed gives the same text whatever the block; another seed another text."""
+  common = ("generate", "--model", model_dir, "--prompt", "Seven lamps", "--new", 12, "--raw")
+  warm = ("--temperature", 1.5, "--top-k", 40, "--top-p", 0.95, "--json")
+
+  def text(*more):
+    code, out, err = run(capfd, *common, *more)
+    assert code == 0, err
+    return json.loads(out)["text"]
+
+  drawn = text(*warm, "--seed", 3)
+  assert text(*warm, "--seed", 3, "--block", 5) == drawn
+  assert text(*warm, "--seed", 4) != drawn
+  assert text("--json") != drawn
+
+
+@pytest.mark.parametrize(("block", "pieces"), [(4, 3), (11, 1), (1, 11)])
+def test_generate_streams_at_the_end_of_a_block(model_dir, monkeypatch, block, pieces):
+  """The first token at once, then a piece for each block; at the end what is left, and a line."""
+  shown = []
+  monkeypatch.setattr("builtins.print", lambda *text, **_: shown.append(text))
+  words = ("--prompt", "Seven lamps", "--raw", "--new", "12", "--block", str(block))
+  cli.main(["generate", "--model", str(model_dir), *words])
+  assert len(shown) == 1 + pieces + 2 + 1  # the last is the summary on stderr
+
+
 @pytest.mark.parametrize("benchmark", ["fidelity", "recall", "needle"])
 def test_benchmarks_write_and_print_rows(capfd, model_dir, books, prose, tmp_path, benchmark):
   out_dir = tmp_path / "run"
@@ -166,6 +192,21 @@ def generate(capfd, model, *more):
 def test_budgets_out_of_range(capfd, model_dir, budget):
   refused = generate(capfd, model_dir, "--prompt", "x", f"--budget={budget}")
   assert_refused(refused, "budget", budget)
+
+
+@pytest.mark.parametrize(
+  ("options", "words"),
+  [
+    (("--temperature", "-1"), ("temperature", "-1")),
+    (("--temperature", "1", "--top-p", "0"), ("top_p", "0")),
+    (("--top-k", "5"), ("temperature", "no effect", "5")),
+    (("--seed", "-1"), ("seed", "-1")),
+    (("--block", "0"), ("block", "0")),
+  ],
+  ids=lambda value: " ".join(value),
+)
+def test_impossible_draws(capfd, model_dir, options, words):
+  assert_refused(generate(capfd, model_dir, "--prompt", "x", *options), *words)
 
 
 def test_no_prompt_and_empty_prompt(capfd, model_dir, tmp_path):

@@ -1,5 +1,7 @@
 """Prompts and decode steps of a tiny random decoder against a dense forward pass in NumPy."""
 
+import contextlib
+import dataclasses
 import math
 
 import jax
@@ -10,23 +12,28 @@ from jax.extend import core
 
 from a2ats_jax import generate
 from a2ats_jax.budget import Budget
-from a2ats_jax.codebook import make_codebook
+from a2ats_jax.codebook import Codebook, make_codebook
 from a2ats_jax.errors import UserError
 from a2ats_jax.far import FarPosition
+from a2ats_jax.methods.a2ats import A2ATS
 from a2ats_jax.methods.a2ats_reference import A2ATSReference
 from a2ats_jax.methods.full import Full
 from a2ats_jax.methods.oracle import Oracle
+from a2ats_jax.sampling import Sampling, sample
 from tests import tiny
 
 TOLERANCE = 2e-4  # logits of size ten; float32 through three layers
 
 
-def reference(budget: Budget, **options) -> A2ATSReference:
+def codebook() -> Codebook:
   rng = np.random.default_rng(0)
   words = rng.normal(size=(3, 2, 8, 16)).astype(np.float32)
   eye = np.broadcast_to(np.eye(16, dtype=np.float32), (3, 2, 16, 16))
-  book = make_codebook(jnp.asarray(words), jnp.asarray(eye))
-  return A2ATSReference(codebook=book, budget=budget, window=4, sinks=2, **options)
+  return make_codebook(jnp.asarray(words), jnp.asarray(eye))
+
+
+def reference(budget: Budget, **options) -> A2ATSReference:
+  return A2ATSReference(codebook=codebook(), budget=budget, window=4, sinks=2, **options)
 
 
 def prefill(decoder, method, prompts, new=6):
@@ -148,20 +155,49 @@ def test_decode_equals_the_longer_prompt():
 
 
 def continuations(decoder, method, prompts, **options):
-  """Greedy tokens ``[steps, rows]``."""
-  return np.array([token for token, _ in generate.greedy(decoder, method, prompts, **options)])
+  """Tokens ``[rows, steps]``."""
+  blocks = generate.generate(decoder, method, prompts, **options)
+  return np.concatenate([block.tokens for block in blocks], axis=1)
 
 
-@pytest.mark.parametrize("name", ["full", "a2ats"])
+WITH_PAGES = METHODS | {
+  "a2ats, in pages": A2ATS(codebook=codebook(), budget=Budget(tokens=3), window=4, sinks=2, page=4)
+}
+FEW = ("full", "a2ats, tail of segments")
+
+
+def step_by_step(decoder, method, prompts, new):
+  """Greedy tokens ``[rows, new]`` by single decode steps, and the statistics of each step."""
+  logits, state, positions = prefill(decoder, method, prompts, new=new)
+  made, told = [logits.argmax(-1)], []
+  for i in range(new - 1):
+    logits, state, stats = generate.decode_step(
+      decoder,
+      method,
+      state,
+      jnp.asarray(made[-1][:, None], jnp.int32),
+      jnp.asarray(positions[:, None] + i, jnp.int32),
+    )
+    made.append(np.asarray(logits)[:, 0].argmax(-1))
+    told.append(stats)
+  return np.stack(made, axis=1), told
+
+
+@pytest.mark.parametrize("name", WITH_PAGES)
 @pytest.mark.usefixtures("small_chunks")
-def test_greedy_batch_equals_single_rows(name):
-  decoder, method = tiny.tiny_model(), METHODS[name]
+def test_blocks_equal_single_steps(name):
+  """Tokens and statistics, rows of different lengths, a last block that is not full."""
+  decoder, method = tiny.tiny_model(), WITH_PAGES[name]
   prompts = tiny.prompts(18, 3, 24)
-  together = continuations(decoder, method, prompts, new=6)
-  assert together.shape == (6, 3)
-  for row, prompt in enumerate(prompts):
-    alone = continuations(decoder, method, [prompt], new=6)
-    np.testing.assert_array_equal(together[:, row], alone[:, 0])
+  want, told = step_by_step(decoder, method, prompts, new=11)
+  blocks = list(generate.generate(decoder, method, prompts, new=11, block=4))
+  np.testing.assert_array_equal(np.concatenate([b.tokens for b in blocks], axis=1), want)
+  assert [b.tokens.shape[1] for b in blocks] == [1, 4, 4, 2]
+  assert blocks[0].stats is None
+  for field in dataclasses.fields(told[0]):
+    got = np.concatenate([getattr(b.stats, field.name)[: b.tokens.shape[1]] for b in blocks[1:]])
+    expected = np.stack([getattr(stats, field.name) for stats in told])
+    np.testing.assert_allclose(got, expected, atol=1e-5, err_msg=field.name)
 
 
 def test_greedy_is_the_argmax_of_the_dense_forward():
@@ -170,39 +206,281 @@ def test_greedy_is_the_argmax_of_the_dense_forward():
   tokens = list(prompt)
   for _ in range(5):
     tokens.append(int(tiny.forward(decoder, tokens)[-1].argmax()))
-  assert continuations(decoder, Full(), [prompt], new=5)[:, 0].tolist() == tokens[6:]
+  assert continuations(decoder, Full(), [prompt], new=5)[0].tolist() == tokens[6:]
 
 
-def test_a_row_that_stops_leaves_the_others_unchanged():
-  """It yields its stop token, then -1; the loop ends when every row is done."""
-  decoder = tiny.tiny_model()
+def an_end(free) -> tuple[int, int, int]:
+  """A row, a step after the first, and the token made there, which is made nowhere before it."""
+  for step in range(1, free.shape[1]):
+    for row, token in enumerate(free[:, step]):
+      if (free == token).sum() == (free[row, step:] == token).sum():
+        return row, step, int(token)
+  raise AssertionError(free)
+
+
+@pytest.mark.parametrize("name", WITH_PAGES)
+def test_a_row_that_stops_leaves_the_others_unchanged(name):
+  """It yields its stop token, then -1; the others yield what they yield without it."""
+  decoder, method = tiny.tiny_model(), WITH_PAGES[name]
   prompts = tiny.prompts(13, 2, 24)
+  free = continuations(decoder, method, prompts, new=9, block=4)
+  row, step, stop = an_end(free)
+  want = free.copy()
+  want[row, step + 1 :] = -1
+  got = continuations(decoder, method, prompts, new=9, stop=[stop, 97], block=4)
+  np.testing.assert_array_equal(got, want)
+
+
+def test_the_end_when_every_row_has_stopped():
+  """No step runs after it, inside a block or in another; a first token may be the last."""
+  decoder, prompts = tiny.tiny_model(), tiny.prompts(13, 2, 24)
   free = continuations(decoder, Full(), prompts, new=6)
-  stop = int(free[1, 1])
-  assert stop not in free[:, [0, 2]]
-  assert stop != free[0, 1]
-  got = continuations(decoder, Full(), prompts, new=6, stop=[stop])
-  np.testing.assert_array_equal(got[:, [0, 2]], free[:, [0, 2]])
-  assert got[:, 1].tolist() == [free[0, 1], stop, -1, -1, -1, -1]
-  every = continuations(decoder, Full(), prompts, new=6, stop=free[:2].ravel().tolist())
-  assert len(every) < 6
+  for steps in (1, 3):
+    stop = free[:, :steps].ravel().tolist()
+    blocks = list(generate.generate(decoder, Full(), prompts, new=6, stop=stop, block=4))
+    tokens = np.concatenate([block.tokens for block in blocks], axis=1)
+    assert tokens.shape[1] <= steps
+    assert [block.live.any() for block in blocks[:-1]] == [True] * (len(blocks) - 1)
+    assert not blocks[-1].live.any()
 
 
-def test_greedy_statistics():
-  """None for the first token, then one step's; a row that is done counts zero."""
-  decoder = tiny.tiny_model()
-  prompts = tiny.prompts(13, 2)
+def test_statistics_of_a_row_that_is_done():
+  """None for the first token, then one step's for each token; a row that is done counts zero."""
+  decoder, prompts = tiny.tiny_model(), tiny.prompts(13, 2)
   free = continuations(decoder, Full(), prompts, new=4)
-  stop = [int(free[0, 1])]
-  assert stop[0] not in free[:, 0]
-  steps = [stats for _, stats in generate.greedy(decoder, Full(), prompts, new=4, stop=stop)]
-  assert steps[0] is None
-  assert [s.length[0, :, 0].tolist() for s in steps[1:]] == [[14, 0], [15, 0], [16, 0]]
+  stop = [int(free[1, 0])]
+  assert stop[0] not in free[0]
+  first, block = generate.generate(decoder, Full(), prompts, new=4, stop=stop)
+  assert first.stats is None
+  assert first.live.tolist() == [True, False]
+  assert block.stats.length[:, 0, :, 0].tolist() == [[14, 0], [15, 0], [16, 0]] + [[0, 0]] * 13
+  assert block.stats.read.shape == (16, 3, 2, 1, 2)
 
 
-@pytest.mark.parametrize("new", [0, 1])
-def test_greedy_of_few_tokens(new):
-  assert len(list(generate.greedy(tiny.tiny_model(), Full(), [[1, 2]], new=new))) == new
+def test_a_limit_of_each_row():
+  """A row at its limit waits, and goes on in the next block with the tokens it would have had."""
+  decoder, prompts = tiny.tiny_model(), tiny.prompts(13, 2, 24)
+  want = continuations(decoder, Full(), prompts, new=8)
+  _, generation = generate.start(decoder, Full(), prompts, new=8)
+
+  def block(rows, *limit):
+    return generate.decode_block(
+      decoder,
+      Full(),
+      rows,
+      jnp.asarray(limit, jnp.int32),
+      generation.keys,
+      generation.stop,
+      steps=5,
+      sampling=Sampling(),
+    )
+
+  tokens, _, count, rows = block(generation.rows, 2, 0, 4)
+  assert int(count) == 4
+  assert tokens.tolist() == [[*want[0, 1:3], -1, -1, -1], [-1] * 5, [*want[2, 1:5], -1]]
+  assert rows.live.tolist() == [True] * 3
+  tokens, _, _, _ = block(rows, 1, 3, 3)
+  assert tokens.tolist() == [
+    [want[0, 3], -1, -1, -1, -1],
+    *[[*t, -1, -1] for t in (want[1, 1:4], want[2, 5:8])],
+  ]
+
+
+def test_one_token():
+  (block,) = generate.generate(tiny.tiny_model(), Full(), [[1, 2]], new=1)
+  assert block.tokens.shape == (1, 1)
+
+
+# --- room ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["full", "a2ats, in pages"])
+def test_tokens_beyond_the_room_are_refused_before_the_step(name):
+  """Nothing is lost: what is left of the room gives the tokens it would have given."""
+  decoder, method = tiny.tiny_model(), WITH_PAGES[name]
+  prompts = tiny.prompts(18, 3)
+  want = continuations(decoder, method, prompts, new=9)
+  first, generation = generate.start(decoder, method, prompts, new=9)
+  used = jax.tree.leaves(generation.rows.state)
+  made, generation = generate.advance(decoder, method, generation, new=5, block=16)
+  assert all(leaf.is_deleted() for leaf in used)  # in place: never two caches
+  assert generation.room == 3
+  with pytest.raises(UserError, match="room for 3 more tokens a row, got 4"):
+    generate.advance(decoder, method, generation, new=4, block=16)
+  with pytest.raises(UserError, match="expected 1 to 2 tokens, the length of a block, got 3"):
+    generate.advance(decoder, method, generation, new=3, block=2)
+  last, generation = generate.advance(decoder, method, generation, new=3, block=16)
+  got = np.concatenate([block.tokens for block in (first, made, last)], axis=1)
+  np.testing.assert_array_equal(got, want)
+  with pytest.raises(UserError, match="room for 0 more"):
+    generate.advance(decoder, method, generation, new=1)
+
+
+@pytest.mark.parametrize(
+  ("options", "match"),
+  [
+    ({"new": 0}, "new: expected at least 1 token, got 0"),
+    ({"block": 0}, "block: expected at least 1 token, got 0"),
+    ({"seed": -1}, "seed: .* got -1"),
+    ({"seed": 1 << 32}, "seed: .* got 4294967296"),
+    ({"streams": [1, 2]}, "streams: expected one a prompt, 1, got 2"),
+    ({"streams": [-1]}, r"streams: .* got \[-1\]"),
+    ({"streams": [1 << 31]}, "streams: .* got"),
+  ],
+  ids=lambda value: str(value) if isinstance(value, dict) else "",
+)
+def test_impossible_numbers_are_refused(options, match):
+  with pytest.raises(UserError, match=match):
+    next(generate.generate(tiny.tiny_model(), Full(), [[1, 2]], **({"new": 4} | options)))
+
+
+# --- draws --------------------------------------------------------------------------------------
+
+WARM = Sampling(temperature=1.5, top_k=40, top_p=0.95)
+
+
+@pytest.mark.parametrize("name", FEW)
+def test_a_seed_gives_the_same_tokens_whatever_the_block(name):
+  decoder, method, prompts = tiny.tiny_model(), METHODS[name], tiny.prompts(18, 3, 24)
+  options = {"new": 12, "sampling": WARM, "seed": 3}
+  want = continuations(decoder, method, prompts, block=1, **options)
+  for block in (1, 3, 16):
+    got = continuations(decoder, method, prompts, block=block, **options)
+    np.testing.assert_array_equal(got, want)
+  other = continuations(decoder, method, prompts, **(options | {"seed": 4}))
+  assert (other != want).mean() > 0.5
+  greedy = continuations(decoder, method, prompts, new=12)
+  assert (greedy != want).mean() > 0.5
+
+
+def test_draws_equal_single_steps():
+  """A draw's key is the seed with the row's stream and the token's position folded in."""
+  decoder, prompts, streams = tiny.tiny_model(), tiny.prompts(18, 3), [4, 1]
+  got = continuations(decoder, Full(), prompts, new=8, sampling=WARM, seed=9, streams=streams)
+  logits, state, positions = prefill(decoder, Full(), prompts, new=8)
+  for i in range(8):
+    keys = [jax.random.fold_in(jax.random.key(9), stream) for stream in streams]
+    keys = [jax.random.fold_in(key, int(n) + i) for key, n in zip(keys, positions)]
+    token = sample(jnp.asarray(logits), WARM, jnp.stack(keys))
+    assert token.tolist() == got[:, i].tolist()
+    places = jnp.asarray(positions[:, None] + i, jnp.int32)
+    logits, state, _ = generate.decode_step(decoder, Full(), state, token[:, None], places)
+    logits = logits[:, 0]
+
+
+def test_equal_prompts_are_drawn_apart():
+  """Rows have streams of their own; told the same one, they are the same."""
+  decoder, prompts = tiny.tiny_model(), tiny.prompts(12) * 3
+  options = {"new": 12, "sampling": WARM}
+  tokens = continuations(decoder, Full(), prompts, **options)
+  for one, two in ((0, 1), (0, 2), (1, 2)):
+    assert (tokens[one] != tokens[two]).mean() > 0.5
+  same = continuations(decoder, Full(), prompts, streams=[2, 1, 2], **options)
+  np.testing.assert_array_equal(same, tokens[[2, 1, 2]])
+
+
+@pytest.mark.parametrize("name", FEW)
+@pytest.mark.usefixtures("small_chunks")
+def test_a_row_alone_draws_what_it_draws_in_a_batch(name):
+  """With the stream it had there, whatever the other rows are and when they stop."""
+  decoder, method, prompts = tiny.tiny_model(), METHODS[name], tiny.prompts(18, 21, 24)
+  options = {"new": 10, "sampling": WARM, "seed": 7}
+  together = continuations(decoder, method, prompts, **options)
+  for row, prompt in enumerate(prompts):
+    alone = continuations(decoder, method, [prompt], streams=[row], **options)
+    np.testing.assert_array_equal(alone[0], together[row])
+  stop = [int(together[0, 2])]
+  stopped = continuations(decoder, method, prompts, stop=stop, **options)
+  for row in (1, 2):
+    end = [*np.flatnonzero(together[row] == stop[0]), 9][0] + 1
+    np.testing.assert_array_equal(stopped[row, :end], together[row, :end])
+
+
+# --- programs and transfers ---------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def counted_programs():
+  """How many programs were compiled so far, as a list of one number."""
+  count = [0]
+
+  def listen(event, _, **__):
+    count[0] += event == "/jax/core/compile/backend_compile_duration"
+
+  jax.monitoring.register_event_duration_secs_listener(listen)
+  try:
+    yield count
+  finally:
+    jax.monitoring.unregister_event_duration_listener(listen)
+
+
+def test_the_counter_sees_a_program():
+  with counted_programs() as count:
+    compiled = jax.jit(lambda x: x * 3 + 1)
+    compiled(jnp.zeros(17))
+    once = count[0]
+    compiled(jnp.zeros(17))
+    assert 1 <= once == count[0]
+
+
+@pytest.mark.parametrize("sampling", [Sampling(), WARM], ids=["greedy", "drawn"])
+def test_nothing_is_compiled_after_the_first_block(sampling):
+  """A thousand tokens take the programs that forty take; the same shapes again take none.
+
+  The cache's shape holds the room, so the first run of another length compiles again, as often.
+  """
+  decoder, prompts = tiny.tiny_model("llama", seed=1), tiny.prompts(11, 5)
+  programs = []
+  for new in (40, 1000):
+    with counted_programs() as count:
+      seen = []
+      for _ in generate.generate(decoder, Full(), prompts, new=new, sampling=sampling):
+        seen.append(count[0])
+    assert len(seen) == 1 + -(-(new - 1) // generate.BLOCK)
+    assert set(seen[1:]) == {seen[1]} == {count[0]}
+    assert seen[1] == seen[0] + 1
+    programs.append(count[0])
+  assert programs[1] <= programs[0]
+  with counted_programs() as count:
+    continuations(decoder, Full(), prompts, new=40, sampling=sampling)
+  assert count[0] == 0
+
+
+@pytest.mark.parametrize("name", ["full", "a2ats, in pages"])
+def test_any_number_of_tokens_of_one_room_takes_one_program(name):
+  """How many tokens are asked for, and how many blocks, is not part of the program."""
+  decoder, method, prompts = tiny.tiny_model(), WITH_PAGES[name], tiny.prompts(11, 5)
+  _, generation = generate.start(decoder, method, prompts, new=60)
+  _, generation = generate.advance(decoder, method, generation, new=16)
+  with counted_programs() as count:
+    for new in (16, 1, 7, 15):
+      block, generation = generate.advance(decoder, method, generation, new=new)
+      assert block.tokens.shape == (2, new)
+    assert count[0] == 0
+
+
+@pytest.mark.parametrize("sampling", [Sampling(), WARM], ids=["greedy", "drawn"])
+def test_blocks_move_nothing_that_is_not_asked_for(sampling):
+  """Between prompt and end, every transfer is an explicit device_put or device_get.
+
+  On the CPU backend the guard sees a NumPy array or Python number that a program is handed (the
+  test below), and not a read of a result, which shares the host's memory there.
+  """
+  decoder, prompts = tiny.tiny_model(), tiny.prompts(11, 5)
+  _, generation = generate.start(
+    decoder, Full(), prompts, new=40, sampling=sampling, stop=[96], seed=1
+  )
+  with jax.transfer_guard("disallow"):
+    while generation.room:
+      new = min(16, generation.room)
+      _, generation = generate.advance(decoder, Full(), generation, new=new)
+
+
+def test_the_guard_sees_a_number_from_the_host():
+  double = jax.jit(lambda x: x * 2)
+  double(np.zeros(3, np.float32))
+  with jax.transfer_guard("disallow"), pytest.raises(Exception, match="host-to-device"):
+    double(np.zeros(3, np.float32))
 
 
 def test_progress_is_told_after_every_layer():

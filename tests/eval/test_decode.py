@@ -5,7 +5,7 @@ import pytest
 
 from a2ats_jax.budget import Budget
 from a2ats_jax.far import FarPosition
-from a2ats_jax.generate import greedy, pad_prompts
+from a2ats_jax.generate import generate, pad_prompts
 from a2ats_jax.methods.a2ats_reference import A2ATSReference
 from a2ats_jax.methods.full import Full
 from a2ats_jax.methods.oracle import Oracle
@@ -54,10 +54,12 @@ def test_greedy_from_a_replayed_state_is_the_librarys_greedy():
   model, method = tiny.model(), Full()
   rng = np.random.default_rng(3)
   prompts = [rng.integers(0, 128, n).tolist() for n in (50, 33)]
-  steps = [token for token, _ in greedy(model.decoder, method, prompts, new=9)]
-  expected = np.stack(steps, axis=1)
+  expected = np.concatenate(
+    [block.tokens for block in generate(model.decoder, method, prompts, new=9)], axis=1
+  )
   stop = (int(expected[0, 5]),)  # ends the first row early
-  steps = [token for token, _ in greedy(model.decoder, method, prompts, new=9, stop=stop)]
+  blocks = list(generate(model.decoder, method, prompts, new=9, stop=stop))
+  stopped = np.concatenate([block.tokens for block in blocks], axis=1)
   tokens, lengths = pad_prompts([p[:-1] for p in prompts], model.config, new=9)
   recording = record(model.decoder, tokens, lengths)
   state = replay(model.config, recording, method, new=9)
@@ -65,9 +67,9 @@ def test_greedy_from_a_replayed_state_is_the_librarys_greedy():
     model.decoder, method, state, [p[-1] for p in prompts], lengths, new=9, stop=stop
   )
   for row, tokens_of_row in enumerate(rows):
-    theirs = [int(t[row]) for t in steps if t[row] >= 0 and t[row] not in stop]
+    theirs = [token for token in stopped[row].tolist() if token >= 0 and token not in stop]
     assert tokens_of_row == theirs
-  assert len(stats) == len(steps)
+  assert len(stats) == stopped.shape[1]
   assert [s["length"][0, :, 0].tolist() for s in stats[4:7]] == [[54, 37], [55, 38], [0, 39]]
 
 

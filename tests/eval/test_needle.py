@@ -7,7 +7,7 @@ import pytest
 
 from a2ats_jax.budget import Budget
 from a2ats_jax.errors import UserError
-from a2ats_jax.generate import greedy
+from a2ats_jax.generate import generate
 from a2ats_jax.methods.full import Full
 from eval import ruler
 from eval.needle import NeedleOptions, make_prompts, run
@@ -170,7 +170,8 @@ def test_every_method_answers_the_same_prompts_and_a_killed_run_resumes(tmp_path
   prompts = make_prompts(model, options(whole), [])["niah-noise", lines[0]["T"]]
   for line in lines:
     ids = prompts[line["index"]].ids
-    made = [int(t[0]) for t, _ in greedy(model.decoder, Full(), [ids], new=4)]
+    blocks = list(generate(model.decoder, Full(), [ids], new=4))
+    made = [token for block in blocks for token in block.tokens[0].tolist()]
     assert line["results"][0]["prediction"] == model.tokenizer.decode(made)
   for row in rows:
     assert row["task"] == "niah-noise"

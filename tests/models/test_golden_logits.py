@@ -68,8 +68,8 @@ def test_every_position(logits, golden):
 
 def test_greedy(model, golden):
   want = golden["greedy_from_first_64"]
-  steps = generate.greedy(model.decoder, Full(), [golden["prompt_ids"][:64]], new=len(want))
-  assert [int(token[0]) for token, _ in steps] == want
+  blocks = generate.generate(model.decoder, Full(), [golden["prompt_ids"][:64]], new=len(want))
+  assert np.concatenate([block.tokens for block in blocks], axis=1)[0].tolist() == want
 
 
 @pytest.mark.parametrize("index", [0, 29])

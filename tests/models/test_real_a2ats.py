@@ -7,7 +7,7 @@ import pytest
 from a2ats_jax.budget import Budget
 from a2ats_jax.codebook import make_codebook
 from a2ats_jax.far import FarPosition
-from a2ats_jax.generate import greedy, pad_prompts
+from a2ats_jax.generate import generate, pad_prompts
 from a2ats_jax.methods.a2ats import A2ATS
 from a2ats_jax.methods.a2ats_reference import A2ATSReference
 from a2ats_jax.models.model import load_model
@@ -66,7 +66,7 @@ def reference_tokens(model, prompt, cache, book, *, ratio, **options):
     for layer in range(len(keys))
   ]
   # The first token comes from the prompt's exact attention, in the package as here.
-  made = [int(next(greedy(decoder, _full_budget(book), [prompt], new=1))[0][0])]
+  made = [int(next(generate(decoder, _full_budget(book), [prompt], new=1)).tokens[0, 0])]
   chosen = 0
   for _ in range(NEW - 1):
     x = decoder.embed(jnp.asarray([[made[-1]]], jnp.int32))
@@ -116,9 +116,9 @@ def test_greedy_tokens_and_tokens_read(model, prompt, cache, book, ours, theirs)
   """Every layer under the method, a tenth of the context per query head."""
   method = A2ATSReference(codebook=book, budget=Budget(ratio=0.1), **ours)
   got, selected = [], 0
-  for token, stats in greedy(model.decoder, method, [prompt], new=NEW):
-    got.append(int(token[0]))
-    selected += 0 if stats is None else int(stats.selected.sum())
+  for block in generate(model.decoder, method, [prompt], new=NEW):
+    got += block.tokens[0].tolist()
+    selected += 0 if block.stats is None else int(block.stats.selected.sum())
   want, chosen = reference_tokens(model, prompt, cache, book, ratio=0.1, **theirs)
   assert got == want
   assert selected == chosen
@@ -135,7 +135,7 @@ def test_pages_give_the_references_tokens(model, prompt, book):
   }
   told = []
   for method in (A2ATSReference(**options), A2ATS(**options)):
-    steps = list(greedy(model.decoder, method, [prompt], new=12))
-    tokens = [int(token[0]) for token, _ in steps]
-    told.append((tokens, [np.asarray(stats.selected).tolist() for _, stats in steps[1:]]))
+    blocks = list(generate(model.decoder, method, [prompt], new=12))
+    tokens = np.concatenate([block.tokens for block in blocks], axis=1).tolist()
+    told.append((tokens, [np.asarray(block.stats.selected).tolist() for block in blocks[1:]]))
   assert told[0] == told[1]
