@@ -20,7 +20,7 @@ import jax.numpy as jnp
 
 from a2ats_jax.typing import Array, Bool, Float, Int
 
-_HIGHEST = jax.lax.Precision.HIGHEST
+_FEW = 1 << 17  # cells of all heads together
 
 
 @partial(
@@ -174,6 +174,25 @@ def _score(keys: Int[Array, "*shape"]) -> Float[Array, "*shape"]:
   return jax.lax.bitcast_convert_type(keys ^ ((keys >> 31) & jnp.int32(0x7FFFFFFF)), jnp.float32)
 
 
+def _number(
+  mask: Bool[Array, "*rows G cells"], counts: Int[Array, "*rows cells"]
+) -> Int[Array, "*rows G"]:
+  """Sums of the counts under a mask, exact below 2^24.
+
+  Many cells are counted by a product, few by a sum: on a CPU the product is three times as fast
+  over 2^18 cells, and waits for its threads longer than the sum takes over 2^16.
+  """
+  if mask.size < _FEW:
+    return jnp.sum(jnp.where(mask, counts[..., None, :], 0), axis=-1)
+  product = jnp.einsum(
+    "...ge,...e->...g",
+    mask.astype(jnp.float32),
+    counts.astype(jnp.float32),
+    precision=jax.lax.Precision.HIGHEST,
+  )
+  return product.astype(jnp.int32)
+
+
 def cut(
   scores: Float[Array, "*rows G cells"],
   counts: Int[Array, "*rows cells"],
@@ -192,17 +211,12 @@ def cut(
   keys = _ordered(scores)
   total = jnp.sum(counts, axis=-1)[..., None]
   wanted = jnp.broadcast_to(jnp.minimum(granted[..., None], total), keys.shape[:-1])
-  tokens, full = counts.astype(jnp.float32), (counts > 0).astype(jnp.float32)
+  full = (counts > 0).astype(jnp.int32)
 
   def at_least(key: Array) -> tuple[Array, Array]:
     """Tokens, and cells that hold any, whose score is the key's or better."""
-    mask = (keys >= key[..., None]).astype(jnp.float32)
-
-    def number(of: Array) -> Array:
-      product = jnp.einsum("...ge,...e->...g", mask, of, precision=_HIGHEST)
-      return product.astype(jnp.int32)
-
-    return number(tokens), number(full)
+    mask = keys >= key[..., None]
+    return _number(mask, counts), _number(mask, full)
 
   def narrow(state: tuple[Array, ...]) -> tuple[Array, ...]:
     # Invariant: tokens from low on are enough, tokens above high are not.
@@ -231,7 +245,7 @@ def cut(
 
   low, high = jnp.min(keys, axis=-1), jnp.max(keys, axis=-1)
   none = jnp.zeros_like(low)
-  cells_low = jnp.broadcast_to(jnp.sum(full, axis=-1).astype(jnp.int32)[..., None], low.shape)
+  cells_low = jnp.broadcast_to(jnp.sum(full, axis=-1)[..., None], low.shape)
   state = (jnp.zeros((), jnp.int32), low, high, cells_low, none, none)
   _, low, high, cells_low, tokens_high, cells_high = jax.lax.while_loop(open_rows, narrow, state)
   counts = counts[..., None, :]

@@ -160,6 +160,16 @@ def test_cut_is_the_sorted_prefix(scores, counts, wanted):
   assert np.asarray(got)[0, 0].tolist() == want
 
 
+@pytest.mark.parametrize("cells", [100, cell_index._FEW // 4, cell_index._FEW])
+def test_counting_is_exact_at_every_size(cells):
+  """Few cells are summed, many multiplied; both give the integers of NumPy."""
+  rng = np.random.default_rng(0)
+  mask = rng.random((1, 2, 2, cells)) < 0.5
+  counts = rng.integers(0, 2**23 // cells + 1, (1, 2, cells)).astype(np.int32)
+  got = jax.jit(cell_index._number)(jnp.asarray(mask), jnp.asarray(counts))
+  np.testing.assert_array_equal(got, (mask * counts[:, :, None]).sum(-1))
+
+
 def test_a_cells_tokens_lie_side_by_side():
   rng = np.random.default_rng(3)
   cells = rng.integers(0, CELLS, (B, K, T)).astype(np.int32)

@@ -148,6 +148,70 @@ def test_padding_is_neither_stored_nor_attended():
       np.testing.assert_array_equal(np.asarray(before)[:, 1], np.asarray(now)[:, 1], name)
 
 
+def test_a_bad_row_stays_alone():
+  """NaN in one row's values, in pages, ring and sinks, reaches no other row."""
+  cache = cases.draw_cache(LONG, seed=9, lengths=[40, 38, 25])
+  bad = dataclasses.replace(cache, v=cache.v.copy())
+  bad.v[:, 1] = np.nan
+  method = A2ATS(codebook=cache.book, page=4, **OPTIONS["tail of segments"])
+  for (_, out, _, _), (_, want, _, _) in zip(steps_of(method, bad, 6), steps_of(method, cache, 6)):
+    assert np.all(np.isnan(out[1]))
+    np.testing.assert_array_equal(out[jnp.asarray([0, 2])], want[jnp.asarray([0, 2])])
+
+
+def test_stages_do_not_change_the_output():
+  """One page at a time, or all at once; bytes moved are whole stages."""
+  cache = cases.draw_cache(LONG, seed=9, lengths=[40, 38, 25])
+  options = OPTIONS["everything"]
+  whole = A2ATS(codebook=cache.book, page=4, **options)
+  single = dataclasses.replace(whole, stage=1)
+  size = 2 * 4 * LONG.head_dim * 4
+  for (_, out, stats, state), (_, want, told, _) in zip(
+    steps_of(single, cache, 6), steps_of(whole, cache, 6), strict=True
+  ):
+    np.testing.assert_allclose(out, want, atol=cases.TOLERANCE, rtol=0)
+    np.testing.assert_array_equal(stats.pages, told.pages)
+    assert np.all(np.asarray(stats.moved) == int(stats.pages.max()) * size)
+    assert np.all(np.asarray(told.moved) == state.store.pages.shape[3] * size)
+
+
+def test_the_step_copies_no_cache_and_its_memory_hardly_grows():
+  """Read from the compiled program of two lengths, over three layers, the state donated."""
+  shape = dataclasses.replace(LONG, layers=3, batch=2)
+  book = cases.books(shape)
+  method = A2ATS(codebook=book, stage=1 << 14, **OPTIONS["shared, tail of segments"])
+
+  rope = cases.rope_named("plain", shape.head_dim)
+
+  def step(leaves, q, k, v, positions):
+    # Leaves: lowering looks at arguments through objects that the annotations refuse.
+    state = jax.tree.unflatten(tree, leaves)
+
+    def body(carry, layer):
+      x, state = carry
+      options = {"positions": positions, "rope": rope, "layer": layer}
+      out, state, _ = method.attend(state, q + x, k, v, **options)
+      return (x + out, state), None
+
+    x, state = jax.lax.scan(body, (q, state), jnp.arange(3, dtype=jnp.int32))[0]
+    return x, jax.tree.leaves(state)
+
+  temporary, index_bytes = [], []
+  for prompt in (4096, 32768):
+    geometry = dataclasses.replace(shape, prompt=prompt).geometry
+    state = jax.jit(lambda g=geometry: method.init(g))()
+    heads = [jnp.zeros((2, 1, n, shape.head_dim)) for n in (4, 2, 2)]
+    now = jnp.full((2, 1), prompt, jnp.int32)
+    leaves, tree = jax.tree.flatten(state)
+    compiled = jax.jit(step, donate_argnums=0).lower(leaves, *heads, now).compile()
+    memory = compiled.memory_analysis()
+    assert memory.alias_size_in_bytes >= sum(x.nbytes for x in leaves)
+    temporary.append(memory.temp_size_in_bytes)
+    index_bytes.append(sum(x.nbytes for x in jax.tree.leaves(state.index)) // 3)
+    assert temporary[-1] < state.store.pages.nbytes / 3
+  assert temporary[1] - temporary[0] < index_bytes[1] - index_bytes[0]
+
+
 def test_pages_lie_in_host_memory():
   cache = cases.draw_cache(LONG, seed=9, lengths=[40, 12, 5])
   for placement, kind in (("host", "pinned_host"), ("device", "device"), ("auto", "pinned_host")):
