@@ -6,6 +6,7 @@ Data moves by whole pages: blocks are written, rows are gathered, nothing is sca
 """
 
 import dataclasses
+import warnings
 from functools import partial
 from typing import Literal
 
@@ -18,6 +19,8 @@ from a2ats_jax.ops.page_fetch import page_fetch
 from a2ats_jax.typing import Array, Float, Int
 
 Placement = Literal["auto", "host", "device"]
+
+TILE = 4096  # bytes: a TPU copies a page whose number it computes in whole tiles of [32, 128] bytes
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["pages"], meta_fields=["page", "host"])
@@ -62,17 +65,29 @@ def open_store(
 
   Args:
     slots: tokens of each row and KV head, a multiple of ``page``.
-    placement: ``auto`` is host memory where the backend has it, device memory elsewhere; the
-      store says which in ``host``.
+    placement: ``auto`` is host memory where the backend has it, device memory with a warning
+      elsewhere; the store says which in ``host``.
 
   Raises:
-    UserError: host memory was asked for and there is none, or slots are no whole pages.
+    UserError: host memory was asked for and there is none, slots are no whole pages, or, on a TPU,
+      pages are no whole tiles.
   """
+  backend = jax.default_backend()
   if slots % page:
     raise UserError(f"store: {slots} slots are not a whole number of pages of {page}")
+  size = 2 * page * head_dim * jnp.dtype(dtype).itemsize
+  if backend == "tpu" and size % TILE:
+    raise UserError(
+      f"store: on a TPU a page must be a multiple of {TILE} bytes, got {size}: {page} tokens of "
+      f"{head_dim} {jnp.dtype(dtype).name} keys and values; choose another page"
+    )
   if placement == "host" and not host_memory():
-    raise UserError(f"store: backend {jax.default_backend()!r} has no host memory kind")
+    raise UserError(f"store: backend {backend!r} has no host memory kind")
   host = host_memory() if placement == "auto" else placement == "host"
+  if placement == "auto" and not host:
+    warnings.warn(
+      f"backend {backend!r} has no host memory kind: pages stay in device memory", stacklevel=2
+    )
   pages = jnp.zeros((layers, batch, kv_heads, slots // page, 2 * page * head_dim), dtype)
   return KVStore(_to(pages, host), page, host)
 

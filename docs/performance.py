@@ -14,7 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from a2ats_jax import attention, index
+from a2ats_jax import attention, index, store
+from a2ats_jax.ops.paged_decode import paged_decode
 
 ROUNDS = 9
 HIGHEST = jax.lax.Precision.HIGHEST
@@ -76,10 +77,10 @@ def nearest() -> None:
 
 
 def selection(tokens: int = 131072, kv_heads: int = 8, group: int = 4) -> None:
-  """From a table of cells to slots: 8 segments of 1024 codewords, codes drawn by Zipf's law."""
+  """From a table of cells to page numbers: 8 segments of 1024 codewords, codes by a power law."""
   rng = np.random.default_rng(0)
   words, segments, page = 1024, 8, 16
-  share = 1 / np.arange(1, words + 1)
+  share = np.arange(1, words + 1) ** -0.44
   cells = np.concatenate(
     [
       segment * words + rng.choice(words, (1, kv_heads, tokens // segments), p=share / share.sum())
@@ -88,23 +89,80 @@ def selection(tokens: int = 131072, kv_heads: int = 8, group: int = 4) -> None:
     axis=-1,
   ).astype(np.int32)
   count = segments * words
-  built, _ = jax.jit(
-    lambda c: index.build(c, jnp.ones((1, tokens), bool), count=count, slots=tokens)
-  )(jnp.asarray(cells))
+
+  def build(cells):
+    every = jnp.ones((1, tokens), bool)
+    built, _ = index.build(cells, every, count=count, slots=tokens, page=page)
+    layers = jax.tree.map(lambda x: x[None], built)
+    return built, index.page_cells(layers, layer=0)
+
+  built, pages = jax.jit(build)(jnp.asarray(cells))
   table = jnp.asarray(rng.normal(size=(1, kv_heads * group, count)), jnp.float32)
-  granted = jnp.asarray([512], jnp.int32)
-  counts = jnp.repeat(built.counts, group, axis=1)
-  taken = jax.jit(index.select)(built, table, granted)
-  chosen = jax.jit(index.selected)(built, taken)
+  granted = jnp.asarray([tokens * 3 // 100], jnp.int32)
+  shared = jax.jit(index.kv_head_scores)(table[:, None], built.counts[:, None])[:, 0]
+  taken = jax.jit(index.select)(built.counts, table, granted)
+  marked = jax.jit(index.pages_of)(pages, taken)
+  slots = (built.cells.reshape(1, kv_heads, -1), built.ranks.reshape(1, kv_heads, -1), taken)
   variants = {
-    "cut by bisection (`index.cut`)": (index.cut, (table, counts, granted)),
-    "argsort of the cells instead": (lambda t: jnp.argsort(-t, axis=-1), (table,)),
-    "selected slots": (index.selected, (built, taken)),
-    "pages that hold one": (lambda c: index.pages_of(c, page), (chosen,)),
+    "cut for every query head (`index.select`)": (index.select, (built.counts, table, granted)),
+    "cut for every KV head": (index.select, (built.counts, shared, granted)),
+    "scores of KV heads (`index.kv_head_scores`)": (
+      lambda t, c: index.kv_head_scores(t[:, None], c[:, None]),
+      (table, built.counts),
+    ),
+    "argsort of the cells instead of a cut": (lambda t: jnp.argsort(-t, axis=-1), (table,)),
+    "the 512 best cells by `lax.top_k` instead": (lambda t: jax.lax.top_k(t, 512), (table,)),
+    "pages by their first and last cell (`index.pages_of`)": (index.pages_of, (pages, taken)),
+    "pages by every slot instead": (
+      lambda *x: index.selected(*x).reshape(1, kv_heads, -1, page).any(axis=-1),
+      slots,
+    ),
+    "page numbers (`index.compact`)": (index.compact, (marked,)),
   }
   measure(f"selection, {tokens} tokens, K={kv_heads}, G={group}, 8 x 1024 cells", variants)
-  held = int(jax.jit(lambda c: index.pages_of(c, page))(chosen).sum())
-  print(f"\n{int(chosen.sum())} tokens in {held} pages of {page}")
+  print(f"\n{int(taken.sum())} tokens in {int(marked.sum())} pages of {page}")
+
+
+def fetching(tokens: int = 131072, kv_heads: int = 8, group: int = 4, dim: int = 128) -> None:
+  """Pages of 16 tokens out of a long store, and attention over them, a stage at a time."""
+  rng, page = np.random.default_rng(0), 16
+  some = rng.normal(size=(1, 1, kv_heads, 64, 2 * page * dim)).astype(np.float32)
+  pages = jnp.tile(jnp.asarray(some), (1, 1, 1, tokens // page // 64, 1))
+  q = jnp.asarray(rng.normal(size=(1, 1, kv_heads * group, dim)), jnp.float32)
+  chosen = np.stack([np.sort(rng.choice(tokens // page, 512, False)) for _ in range(kv_heads)])
+  ids = jnp.asarray(chosen[None].astype(np.int32))
+  every = jnp.ones((1, kv_heads, 512, page), bool)
+
+  def staged(stage: int, together: bool) -> Callable:
+    def run(pages, ids, q):
+      kept = store.KVStore(pages, page, False)
+      table = pages.reshape(-1, 2 * page * dim)
+      start = (jnp.arange(kv_heads, dtype=jnp.int32) * (tokens // page))[None, :, None]
+
+      def fetch(here):
+        if not together:
+          return store.fetch(kept, here, layer=0)
+        got = table.at[(here + start).reshape(-1)].get(mode="promise_in_bounds")
+        got = got.reshape(1, kv_heads, stage, 2, page, dim)
+        return got[:, :, :, 0], got[:, :, :, 1]
+
+      def step(i, part):
+        here = jax.lax.dynamic_slice_in_dim(ids, i * stage, stage, axis=2)
+        new = paged_decode(q, *fetch(here), every[:, :, :stage])
+        return attention.merge([part, new])
+
+      shape = q.shape[:3]
+      nothing = attention.Part(jnp.zeros(q.shape), jnp.full(shape, -jnp.inf), jnp.zeros(shape))
+      return attention.finish(jax.lax.fori_loop(0, 512 // stage, step, nothing))
+
+    return run
+
+  variants = {
+    f"{stage} pages a stage, keys and values by {how}": (staged(stage, together), (pages, ids, q))
+    for stage in (16, 64, 128, 512)
+    for how, together in (("two gathers", False), ("one gather and two slices", True))
+  }
+  measure(f"512 pages of {tokens // page} for each of {kv_heads} KV heads, float32", variants)
 
 
 def main() -> None:
@@ -113,6 +171,7 @@ def main() -> None:
   values(32768, 8, 4, 128)
   nearest()
   selection()
+  fetching()
 
 
 if __name__ == "__main__":

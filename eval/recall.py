@@ -24,6 +24,7 @@ from a2ats_jax.codebook import Codebook
 from a2ats_jax.errors import UserError
 from a2ats_jax.generate import pad_prompts
 from a2ats_jax.methods import dense, selection
+from a2ats_jax.methods.a2ats import A2ATS
 from a2ats_jax.methods.base import Geometry, PromptLayer, State
 from a2ats_jax.methods.full import Full
 from a2ats_jax.methods.oracle import Oracle
@@ -46,6 +47,11 @@ def can_be_asked(method: Any) -> bool:
   return isinstance(method, Full | Oracle) or (
     hasattr(method, "append") and hasattr(method, "select")
   )
+
+
+def asked(method: Any) -> Any:
+  """What tells a selection: for a cache in pages the reference, which chooses alike."""
+  return method.reference if isinstance(method, A2ATS) else method
 
 
 @partial(
@@ -217,7 +223,9 @@ def run(
     UserError: as for fidelity; also a method that cannot be asked for its selection.
   """
   check_context(model, options)
-  cases = cases_of(options, codebooks)
+  cases = [
+    dataclasses.replace(case, method=asked(case.method)) for case in cases_of(options, codebooks)
+  ]
   for case in cases:
     if not can_be_asked(case.method):
       raise UserError(f"recall: method {case.spec.name} cannot be asked which tokens it selects")

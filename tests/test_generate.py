@@ -459,21 +459,22 @@ def test_any_number_of_tokens_of_one_room_takes_one_program(name):
     assert count[0] == 0
 
 
+@pytest.mark.parametrize("name", ["full", "a2ats, in pages"])
 @pytest.mark.parametrize("sampling", [Sampling(), WARM], ids=["greedy", "drawn"])
-def test_blocks_move_nothing_that_is_not_asked_for(sampling):
+def test_blocks_move_nothing_that_is_not_asked_for(name, sampling):
   """Between prompt and end, every transfer is an explicit device_put or device_get.
 
   On the CPU backend the guard sees a NumPy array or Python number that a program is handed (the
   test below), and not a read of a result, which shares the host's memory there.
   """
-  decoder, prompts = tiny.tiny_model(), tiny.prompts(11, 5)
+  decoder, method, prompts = tiny.tiny_model(), WITH_PAGES[name], tiny.prompts(11, 5)
   _, generation = generate.start(
-    decoder, Full(), prompts, new=40, sampling=sampling, stop=[96], seed=1
+    decoder, method, prompts, new=40, sampling=sampling, stop=[96], seed=1
   )
   with jax.transfer_guard("disallow"):
     while generation.room:
       new = min(16, generation.room)
-      _, generation = generate.advance(decoder, Full(), generation, new=new)
+      _, generation = generate.advance(decoder, method, generation, new=new)
 
 
 def test_the_guard_sees_a_number_from_the_host():

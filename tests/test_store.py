@@ -107,6 +107,16 @@ def test_slots_that_are_no_whole_pages_are_refused():
 def test_no_host_memory_says_so(monkeypatch):
   """Device memory on its own, an error where host memory was asked for."""
   monkeypatch.setattr(paged, "host_memory", lambda: False)
-  assert not paged.open_store(slots=8, placement="auto", **SIZES).host
+  with pytest.warns(UserWarning, match="'cpu' has no host memory kind: pages stay in device"):
+    assert not paged.open_store(slots=8, placement="auto", **SIZES).host
   with pytest.raises(UserError, match="no host memory"):
     paged.open_store(slots=8, placement="host", **SIZES)
+
+
+def test_pages_are_whole_tiles_on_a_tpu(monkeypatch):
+  """4 tokens of 4 float32 keys and values are 128 bytes; 16 of 32 are 4096."""
+  monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+  with pytest.raises(UserError, match="multiple of 4096 bytes, got 128"):
+    paged.open_store(slots=8, placement="device", **SIZES)
+  whole = SIZES | {"page": 16, "head_dim": 32}
+  assert paged.open_store(slots=32, placement="device", **whole).page_bytes == 4096

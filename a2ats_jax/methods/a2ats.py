@@ -30,6 +30,7 @@ from a2ats_jax.codebook import Codebook, encode
 from a2ats_jax.errors import UserError
 from a2ats_jax.far import FarPosition
 from a2ats_jax.methods import dense, selection
+from a2ats_jax.methods.a2ats_reference import A2ATSReference
 from a2ats_jax.methods.base import Geometry, PromptLayer, Stats
 from a2ats_jax.ops.paged_decode import paged_decode
 from a2ats_jax.rope import Rope, rotate
@@ -156,6 +157,12 @@ class A2ATS:
   @property
   def name(self) -> str:
     return "a2ats"
+
+  @property
+  def reference(self) -> A2ATSReference:
+    """The method in reference form, which chooses and reads the same tokens."""
+    names = [field.name for field in dataclasses.fields(A2ATSReference)]
+    return A2ATSReference(**{name: getattr(self, name) for name in names})
 
   def init(self, geometry: Geometry) -> PagedState:
     g = geometry

@@ -129,18 +129,31 @@ BOOK: Mapping[str, Option] = MappingProxyType(
 )
 
 
-def _a2ats(summary: str, *, far: str, tail: str) -> Entry:
-  options = {
+def _far(far: str, tail: str) -> Mapping[str, Option]:
+  return {
     "far": Option(default=far, read=read_far),
     "tail": Option(default=tail, read=one_of("none", "centroid")),
     **NEAR,
     **BOOK,
   }
+
+
+PAGES: Mapping[str, Option] = MappingProxyType(
+  {
+    "page": Option(default="16", read=read_count),
+    "fetch": Option(default="0", read=read_count),
+    "order": Option(default="cell", read=one_of("cell", "arrival")),
+    "placement": Option(default="auto", read=one_of("auto", "host", "device")),
+  }
+)
+
+
+def _a2ats(summary: str, *, far: str, tail: str) -> Entry:
   return Entry(
     summary=summary,
-    build=A2ATSReference,
+    build=A2ATS,
     takes_codebook=True,
-    options=MappingProxyType(options),
+    options=MappingProxyType({**_far(far, tail), **PAGES}),
   )
 
 
@@ -158,23 +171,13 @@ METHODS: Table = MappingProxyType(
       far="segments(8)",
       tail="centroid",
     ),
-    "a2ats-paged": Entry(
-      summary="A2ATS with its far tokens in host pages: same tokens, bounded transfers",
-      build=A2ATS,
+    "a2ats-reference": Entry(
+      summary="the definition that both equal, slow, with the whole cache on the device",
+      build=A2ATSReference,
       takes_codebook=True,
-      options=MappingProxyType(
-        {
-          "far": Option(default="constant(2048)", read=read_far),
-          "tail": Option(default="none", read=one_of("none", "centroid")),
-          "page": Option(default="16", read=read_count),
-          "fetch": Option(default="0", read=read_count),
-          "order": Option(default="cell", read=one_of("cell", "arrival")),
-          "placement": Option(default="auto", read=one_of("auto", "host", "device")),
-          **NEAR,
-          **BOOK,
-        }
-      ),
+      options=MappingProxyType(_far("constant(2048)", "none")),
     ),
+    "a2ats-paged": _a2ats("alias", far="constant(2048)", tail="none"),
   }
 )
 

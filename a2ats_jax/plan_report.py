@@ -1,0 +1,205 @@
+"""A plan as result rows, as a table, and what its figures rest on."""
+
+import dataclasses
+import math
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from a2ats_jax.methods import registry
+from a2ats_jax.plan import Case, Paged, chosen, estimate, largest_batch, prefill_bytes, shared
+from a2ats_jax.plan_known import Chip
+
+# The parts of an estimate that a result row holds in one figure.
+GROUPS: Mapping[str, tuple[str, ...]] = MappingProxyType(
+  {
+    "weights": ("weights",),
+    "cache": ("keys and values", "pages"),
+    "codebook": ("codebooks",),
+    "index": (
+      *("cell counts", "cell and rank of every slot", "page edges", "codes of later tokens"),
+      "row tables",
+    ),
+    "near": ("sinks and recent tokens",),
+    "sums": ("value sums of codewords",),
+  }
+)
+
+
+def rows(
+  case: Case,
+  spec: registry.MethodSpec,
+  method: Paged | None,
+  *,
+  model: str,
+  device: str,
+  chip: Chip,
+  host: float = math.inf,
+) -> list[dict[str, Any]]:
+  """Flat result rows: full attention, and the method if it is another.
+
+  Args:
+    model, device: their names, for the record.
+    host: bytes of host memory, which bound the largest batch.
+  """
+  full = registry.parse_method("full")
+  asked = [(full, None)] if method is None else [(full, None), (spec, method)]
+  seconds = estimate(case, None).seconds(chip)
+  return [_row(case, s, m, model, device, chip, host, seconds) for s, m in asked]
+
+
+def _row(
+  case: Case,
+  spec: registry.MethodSpec,
+  m: Paged | None,
+  model: str,
+  device: str,
+  chip: Chip,
+  host: float,
+  baseline: float,
+) -> dict[str, Any]:
+  of, most = estimate(case, m), largest_batch(case, m, chip, host)
+  best = estimate(dataclasses.replace(case, batch=most), m) if most else None
+  seconds, ideal = of.seconds(chip), of.ideal_seconds(chip)
+  far = None if m is None else chosen(case, m)
+  return {
+    "benchmark": "plan",
+    "model": model,
+    "device": device,
+    "method": spec.name,
+    "options": spec.options_text,
+    "T": case.prompt,
+    "new": case.new,
+    "batch": case.batch,
+    "dtype": case.dtype,
+    "cache_dtype": case.cache_dtype,
+    "budget": None if m is None else str(m.budget),
+    "codewords": None if m is None else m.codewords,
+    "union": None if m is None else m.union,
+    "spread": None if m is None else m.spread,
+    "read": of.read,
+    "pages": None if far is None else far.pages,
+    **{f"{name}_bytes": sum(of.device.get(p, 0) for p in parts) for name, parts in GROUPS.items()},
+    "temp_bytes": of.temporary,
+    "device_bytes": of.device_bytes,
+    "host_bytes": of.host,
+    "memory_bytes": int(chip.memory),
+    "fits": of.device_bytes <= chip.memory and of.host <= host,
+    "prefill_bytes": prefill_bytes(case),
+    "traffic_bytes": sum(of.traffic.values()),
+    "moved_bytes": of.moved,
+    "flops": of.flops,
+    "ms": seconds * 1e3,
+    "ideal_ms": ideal * 1e3,
+    "tokens_per_s": case.batch / seconds,
+    "ideal_tokens_per_s": case.batch / ideal,
+    "baseline": "full",
+    "baseline_ms": baseline * 1e3,
+    "ratio": baseline / seconds,
+    "max_batch": most,
+    "max_batch_host_bytes": best.host if best else None,
+    "max_batch_ms": best.seconds(chip) * 1e3 if best else None,
+    "max_batch_tokens_per_s": most / best.seconds(chip) if best else None,
+    "max_batch_ideal_tokens_per_s": most / best.ideal_seconds(chip) if best else None,
+  }
+
+
+def amount(size: float | int) -> str:
+  """Bytes in decimal units: 17.18 GB is 17.18e9 bytes."""
+  for unit, scale in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+    if size >= scale:
+      return f"{size / scale:,.2f} {unit}"
+  return f"{size:,.0f} B" if size else "0"
+
+
+LINES: Mapping[str, tuple[str, Callable[[Any], str]]] = MappingProxyType(
+  {
+    "weights_bytes": ("device: weights", amount),
+    "cache_bytes": ("  keys and values", amount),
+    "codebook_bytes": ("  codebooks", amount),
+    "index_bytes": ("  index", amount),
+    "near_bytes": ("  sinks and recent tokens", amount),
+    "sums_bytes": ("  value sums of codewords", amount),
+    "temp_bytes": ("  temporary", amount),
+    "device_bytes": ("  together", amount),
+    "host_bytes": ("host: pages", amount),
+    "fits": ("fits", lambda x: "yes" if x else "no"),
+    "read": ("step: cached tokens attended exactly", lambda x: f"{x:.1%}"),
+    "traffic_bytes": ("  device memory traffic", amount),
+    "moved_bytes": ("  moved from the host", amount),
+    "flops": ("  operations", lambda x: f"{x / 1e9:,.1f} GFLOP"),
+    "ms": ("  at least, copies waited for", lambda x: f"{x:,.2f} ms"),
+    "ideal_ms": ("  at least, copies overlapped", lambda x: f"{x:,.2f} ms"),
+    "tokens_per_s": ("  at most, copies waited for", lambda x: f"{x:,.0f} tokens/s"),
+    "max_batch": ("largest batch that fits", lambda x: f"{x:,}"),
+    "max_batch_host_bytes": ("  host: pages", amount),
+    "max_batch_tokens_per_s": ("  at most, copies waited for", lambda x: f"{x:,.0f} tokens/s"),
+    "max_batch_ideal_tokens_per_s": (
+      "  at most, copies overlapped",
+      lambda x: f"{x:,.0f} tokens/s",
+    ),
+  }
+)
+NEW_SECTION = ("host_bytes", "read", "max_batch")  # a blank line before each
+IF_IT_FITS = ("ms", "ideal_ms", "tokens_per_s")
+
+
+def table(found: Sequence[Mapping[str, Any]]) -> Table:
+  """Result rows as columns side by side."""
+  out = Table(box=None, header_style="bold", pad_edge=False)
+  out.add_column("")
+  for row in found:
+    out.add_column(row["method"], justify="right", no_wrap=True)
+  for key, (name, show) in LINES.items():
+    if key in NEW_SECTION:
+      out.add_row()
+    absent = [row[key] is None or (key in IF_IT_FITS and not row["fits"]) for row in found]
+    out.add_row(name, *("-" if no else show(row[key]) for no, row in zip(absent, found)))
+  return out
+
+
+def notes(case: Case, spec: registry.MethodSpec, method: Paged | None, chip: Chip) -> list[str]:
+  """What the figures rest on, a paragraph each."""
+  lines = [
+    f"Device: {amount(chip.memory)}, {amount(chip.memory_rate)}/s, {chip.flops / 1e12:,.0f} "
+    f"TFLOP/s ({chip.source}); host link {amount(chip.link_rate)}/s ({chip.link}). Nominal rates: "
+    "no program reaches them."
+  ]
+  if case.prompt + case.new > case.config.context:
+    lines.append(f"The model states a context of {case.config.context:,} tokens, fewer than these.")
+  if method is not None:
+    far = chosen(case, method)
+    lines += [
+      f"Method: {spec}, budget {method.budget}, {method.codewords:,} codewords.",
+      f"Fetched, of a KV head in a layer: {far.tokens:,.0f} far tokens are chosen, on "
+      f"{far.pages:,} pages of {method.page}; whole stages move {far.moved:,}. Assumed: a group "
+      f"chooses {shared(case, method):g} times what one head is granted (--union), and pages hold "
+      f"{method.spread:g} times the tokens chosen (--spread: 2.0 was measured on SmolLM2-135M at "
+      "8K tokens and 3%, pages of 16; measure it for others).",
+      "Copies waited for: a layer's pages are copied after its scores and before its attention, "
+      "as the step does now. Copies overlapped: the ideal, which no step here reaches.",
+    ]
+  lines.append(
+    f"While prompts run they need at least {amount(prefill_bytes(case))} more, all rows at once; "
+    "the largest batch does not count that."
+  )
+  return lines
+
+
+def show(found: Sequence[Mapping[str, Any]], notes: Sequence[str]) -> None:
+  """Print rows as a table, then notes; as wide as they want where stdout is no terminal."""
+  console = Console() if sys.stdout.isatty() else Console(width=120)
+  first = found[0]
+  title = (
+    f"{first['model']}, {first['T']:,} tokens of prompt and {first['new']:,} new ones, batch "
+    f"{first['batch']:,}, {first['dtype']}, cache {first['cache_dtype']}, on {first['device']}"
+  )
+  console.print(title, highlight=False, markup=False, style="italic")
+  console.print(table(found))
+  for note in notes:
+    console.print()
+    console.print(note, highlight=False, markup=False)
