@@ -234,15 +234,7 @@ class Benchmark(MethodArgs):
 
   def report(self, rows: Sequence[dict[str, Any]]) -> None:
     """Rows as a table on stdout, or as JSON lines."""
-    from eval import tables
-
-    if self.json:
-      for line in tables.json_lines(rows):
-        print(line)
-    else:
-      tables.console().print(tables.table(rows))
-      if self.out is not None:
-        print(f"results in {self.out}")
+    _report(rows, json=self.json, out=self.out)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -315,6 +307,84 @@ class Needle(Benchmark):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Speed(MethodArgs):
+  """How long a decode step takes beside plain attention: one attention layer, or a whole model."""
+
+  what: Literal["attention", "model"] = "attention"
+  """One layer on keys drawn as unevenly as a real model's, or decode steps of --model after a
+  text."""
+  methods: str = "a2ats-plus"
+  """KV methods, comma-separated, with options. Beside each, in every round: full attention, and the
+  fastest other plain form (jax.nn.dot_product_attention; for a model, attention in blocks)."""
+  T: str = ""
+  """Prompt lengths in tokens, comma-separated. Default: 8192,32768,131072, for a model
+  2048,4096,8000."""
+  budget: str = "0.03,2048/kv"
+  """Far tokens read: below 1 (and 1 itself) a share of the context, from 2 on a number of tokens,
+  for each query head, or with /kv for each KV head; comma-separated."""
+  dtype: str = ""
+  """Of one layer's keys, values and queries: float32, bfloat16 or both (the default). A model runs
+  in float32."""
+  batch: str = ""
+  """Rows, comma-separated. Default: 1, for a model 1,4,8, whose rows all continue one text."""
+  heads: int | None = None
+  """Query heads of the layer. Default: 32, as Llama-3.1-8B has."""
+  kv_heads: int | None = None
+  """KV heads of the layer. Default: 8."""
+  head_dim: int | None = None
+  """Numbers of a head's vector. Default: 128."""
+  codewords: int | None = None
+  """Codewords of each of the layer's codebooks. Default: 1024."""
+  rounds: int = 15
+  """Timed rounds, each of which runs everything once; figures are medians and quartiles."""
+  seed: int = 0
+  """Of everything that is drawn."""
+  out: Path | None = None
+  """Directory for config.yaml, metrics.json, predictions.jsonl and the plot; a killed run goes
+  on."""
+  json: bool = False
+  """Print the result rows as JSON lines on stdout instead of a table."""
+  text: Path | None = None
+  """A UTF-8 file of prose for the model. Default: held-out reference text of CPython."""
+
+  def run(self) -> None:
+    from a2ats_jax.budget import Budget
+    from eval import speed, texts
+    from eval.options import parse_methods
+    from eval.speed_inputs import LayerShape
+
+    layer = {name: getattr(self, name) for name in ("heads", "kv_heads", "head_dim", "codewords")}
+    given = {name: value for name, value in layer.items() if value is not None}
+    whole = self.what == "model"
+    others = given if whole else {"codebook": self.codebook, "text": self.text}
+    for name, value in others.items():
+      if value not in ("", None):
+        flag = name.replace("_", "-")
+        raise UserError(f"{flag}: has no meaning with --what {self.what}; leave --{flag} out")
+    options = speed.SpeedOptions(
+      what=self.what,
+      methods=parse_methods(self.methods),
+      budgets=tuple(Budget.parse(part) for part in self.budget.split(",")),
+      T=_numbers("T", self.T or ("2048,4096,8000" if whole else "8192,32768,131072")),
+      batch=_numbers("batch", self.batch or ("1,4,8" if whole else "1")),
+      dtypes=tuple((self.dtype or ("float32" if whole else "float32,bfloat16")).split(",")),
+      rounds=self.rounds,
+      seed=self.seed,
+      shape=LayerShape(**given),
+      out=self.out,
+    )
+    if not whole:
+      with Bars() as bars:
+        rows = speed.run_attention(options, progress=bars)
+    else:
+      (text,), model = texts.gather([self.text] if self.text else []), _load(self)
+      books = _codebooks(self, model)
+      with Bars() as bars:
+        rows = speed.run_model(model, options, text, codebooks=books, progress=bars)
+    _report(rows, json=self.json, out=self.out)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Eval:
   """Measure KV methods against full attention and the top-k oracle in one run."""
 
@@ -322,6 +392,7 @@ class Eval:
     Annotated[Fidelity, tyro.conf.subcommand("fidelity")]
     | Annotated[Recall, tyro.conf.subcommand("recall")]
     | Annotated[Needle, tyro.conf.subcommand("needle")]
+    | Annotated[Speed, tyro.conf.subcommand("speed")]
   )
 
   @property
@@ -331,6 +402,105 @@ class Eval:
 
   def run(self) -> None:
     self.benchmark.run()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Plan:
+  """Bytes on device and host, bytes moved and least time of a decode step; nothing is run."""
+
+  model: str = "llama-3.1-8b"
+  """llama-3.1-8b, qwen2.5-7b, mistral-7b, smollm2-135m, custom, a .gguf file or a Hugging Face
+  directory. Weights are not read. The options from --layers to --vocab replace its numbers."""
+  layers: int = 0
+  """Layers; 0 here and below leaves the model's own number."""
+  heads: int = 0
+  """Query heads."""
+  kv_heads: int = 0
+  """KV heads."""
+  head_dim: int = 0
+  """Numbers in a head's key."""
+  width: int = 0
+  """Width of the hidden state."""
+  mlp_width: int = 0
+  """Hidden width of the gated MLP."""
+  vocab: int = 0
+  """Tokens in the vocabulary."""
+  T: int = 131072
+  """Tokens of each prompt."""
+  new: int = 128
+  """Tokens that each row has room for after its prompt."""
+  batch: int = 1
+  """Rows decoded together."""
+  dtype: Literal["bfloat16", "float32"] = "bfloat16"
+  """Of weights and activations. This version of the library runs float32."""
+  cache_dtype: Literal["same", "bfloat16", "float32"] = "same"
+  """Of keys and values; same is --dtype."""
+  method: str = "a2ats-plus"
+  """full, a2ats or a2ats-plus, with options as in generate. Full attention is printed beside it."""
+  codewords: int = 1024
+  """Codewords of every codebook (one per layer and KV head), up to 65536."""
+  budget: str = "0.03"
+  """Far tokens a query head reads: 0.03 is a share of the context, 2048 a number of tokens; with
+  /kv after it, a KV head."""
+  union: float = 2.0
+  """Assumed: tokens a KV head reads per token granted to a query head, from 1; never above the
+  query heads of a KV head, and 1 where the budget is for a KV head."""
+  spread: float = 2.0
+  """Assumed: tokens on the pages fetched per token chosen, from 1. Measured on SmolLM2-135M, 8K
+  tokens, 3%: pages of 4 tokens 1.3, 8 1.6, 16 2.0, 32 2.5."""
+  device: str = "h100"
+  """tpu-v5e, tpu-v5p, tpu-v6e, tpu7x, h100, h200, a100, rtx-4090 or custom. The next four options
+  replace its numbers; custom needs all four."""
+  memory_gb: float = 0.0
+  """Device memory in 10^9 bytes."""
+  memory_gbs: float = 0.0
+  """Device memory bandwidth in 10^9 bytes a second."""
+  link_gbs: float = 0.0
+  """Bandwidth from host to device in 10^9 bytes a second."""
+  tflops: float = 0.0
+  """Operations of a bfloat16 matrix product in 10^12 a second."""
+  host_gb: float = 0.0
+  """Host memory in 10^9 bytes, which bounds the largest batch; 0 is no bound."""
+  json: bool = False
+  """Print the result rows as JSON lines on stdout instead of a table."""
+
+  def run(self) -> None:
+    from a2ats_jax import plan, plan_known, plan_report
+    from a2ats_jax.budget import Budget
+
+    chip = plan_known.find_chip(
+      self.device,
+      memory=self.memory_gb * 1e9,
+      memory_rate=self.memory_gbs * 1e9,
+      link_rate=self.link_gbs * 1e9,
+      flops=self.tflops * 1e12,
+    )
+    if not self.host_gb >= 0:
+      raise UserError(f"host_gb: expected 0 or more, got {self.host_gb}")
+    spec, method = plan.read_method(
+      self.method,
+      budget=Budget.parse(self.budget),
+      codewords=self.codewords,
+      union=self.union,
+      spread=self.spread,
+    )
+    sizes = ("layers", "heads", "kv_heads", "head_dim", "width", "mlp_width", "vocab")
+    case = plan.Case(
+      config=plan_known.find_model(self.model, **{name: getattr(self, name) for name in sizes}),
+      batch=self.batch,
+      prompt=self.T,
+      new=self.new,
+      dtype=self.dtype,
+      cache_dtype=self.dtype if self.cache_dtype == "same" else self.cache_dtype,
+    )
+    host = self.host_gb * 1e9 or float("inf")
+    names = {"model": self.model, "device": self.device}
+    rows = plan_report.rows(case, spec, method, chip=chip, host=host, **names)
+    if self.json:
+      for row in rows:
+        print(json.dumps(row))
+    else:
+      plan_report.show(rows, plan_report.notes(case, spec, method, chip))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -354,6 +524,7 @@ Command = (
   | Annotated[Train, tyro.conf.subcommand("train")]
   | Annotated[Generate, tyro.conf.subcommand("generate")]
   | Annotated[Eval, tyro.conf.subcommand("eval")]
+  | Annotated[Plan, tyro.conf.subcommand("plan")]
   | Annotated[Demo, tyro.conf.subcommand("demo")]
 )
 
@@ -367,6 +538,18 @@ def _numbers(name: str, text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in text.split(","))
   except ValueError:
     raise UserError(f"{name}: expected whole numbers with commas between, got {text!r}") from None
+
+
+def _report(rows: Sequence[dict[str, Any]], *, json: bool, out: Path | None) -> None:
+  from eval import tables
+
+  if json:
+    for line in tables.json_lines(rows):
+      print(line)
+  else:
+    tables.console().print(tables.table(rows))
+    if out is not None:
+      print(f"results in {out}")
 
 
 def _read(path: Path) -> str:

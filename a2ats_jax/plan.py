@@ -292,9 +292,10 @@ def _late_weights(case: Case) -> int:
 
 
 def _stage(case: Case, m: Paged) -> int:
-  """Pages of every row and KV head fetched at once."""
+  """Pages of every row and KV head fetched at once, as the method says."""
+  filled = -(-int(m.budget.resolve(case.prompt + case.new).max()) // m.page)
   room = m.stage // (case.batch * case.config.kv_heads * page_bytes(case, m))
-  return max(1, min(room, sum(_slots(case, m)) // m.page))
+  return max(1, min(max(filled, 8), room, sum(_slots(case, m)) // m.page))
 
 
 def _unsorted(case: Case, m: Paged) -> int:

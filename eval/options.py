@@ -88,12 +88,13 @@ class Case:
 
   @property
   def identity(self) -> Row:
-    """``method``, ``options`` and ``budget`` as rows spell them."""
+    """``method``, ``options``, ``budget`` and who is granted it (``per``), as rows spell them."""
     budget = self.budget
     return {
       "method": self.spec.name,
       "options": self.spec.options_text,
       "budget": None if budget is None else budget.tokens if budget.ratio is None else budget.ratio,
+      "per": None if budget is None else budget.per,
     }
 
 
@@ -177,6 +178,7 @@ def row_of(
     "batch": options.batch,
     "dtype": "float32",
     "budget": case.identity["budget"],
+    "per": case.identity["per"],
     **figures,
     "n": n,
     "seed": options.seed,

@@ -7,12 +7,12 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogFormatter, MaxNLocator
 
 from a2ats_jax.errors import UserError
 from a2ats_jax.typing import Float
 from eval.results import Row
-from eval.tables import label
+from eval.tables import budget_label, label
 
 LABELS: Mapping[str, str] = MappingProxyType(
   {
@@ -75,6 +75,45 @@ def _line(axis: Any, label: str, points: Sequence[Row], x: str, y: str) -> None:
     axis.plot(*zip(*drawn), marker="o", label=label)
   elif y not in _LOG:
     axis.axhline(points[0][y], linestyle="--", color="0.5", label=label)
+
+
+def speed(rows: Sequence[Row], path: Path, *, baselines: Sequence[str]) -> None:
+  """Time of a step against the prompt's length: a panel for each dtype and batch, both scales log.
+
+  Args:
+    baselines: methods that are drawn dashed.
+  """
+  panels = list(dict.fromkeys((row["dtype"], row["batch"]) for row in rows))
+  figure = Figure(figsize=(4.5 * len(panels), 3.8), layout="constrained")
+  axes = figure.subplots(1, len(panels), squeeze=False)[0]
+  for axis, (dtype, batch) in zip(axes, panels):
+    mine = [r for r in rows if (r["dtype"], r["batch"]) == (dtype, batch)]
+    lines: dict[str, list[Row]] = {}
+    for row in mine:
+      granted = "" if row["budget"] is None else f", {budget_label(row)}"
+      lines.setdefault(label(row, mine) + granted, []).append(row)
+    for name, points in lines.items():
+      points = sorted(points, key=lambda row: row["T"])
+      plain = points[0]["method"] in baselines
+      x, y = [row["T"] for row in points], [row["ms"] for row in points]
+      (line,) = axis.plot(x, y, "--" if plain else "-", marker="o", markersize=4, label=name)
+      low, high = ([row[f"ms_{end}"] for row in points] for end in ("low", "high"))
+      axis.fill_between(x, low, high, alpha=0.2, color=line.get_color(), linewidth=0)
+    axis.set_xscale("log", base=2)
+    axis.set_yscale("log")
+    ticks = sorted({row["T"] for row in mine})
+    axis.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
+    axis.yaxis.set_major_formatter(LogFormatter())
+    axis.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.5)))
+    axis.set(
+      title=f"{mine[0]['model']}, {dtype}, batch {batch}",
+      xlabel="tokens of the prompt",
+      ylabel="ms a step",
+    )
+    axis.title.set_fontsize("small")
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize="x-small")
+  figure.savefig(path, dpi=120)
 
 
 def heatmaps(

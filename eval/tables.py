@@ -15,6 +15,15 @@ COLUMNS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     "fidelity": ("selected", "kl", "kl_se", "top1", "ppl", "moved_bytes", "tail"),
     "recall": ("selected", "mass", "mass_se", "far_mass", "topk_recall"),
     "needle": ("selected", "score", "score_se", "moved_bytes"),
+    "speed attention": (
+      *("selected", "fetched", "ms", "ms_low", "ms_high", "baseline", "baseline_ms", "ratio"),
+      *("score_ms", "selection_ms", "selection_share", "moved_bytes"),
+      *("device_bytes", "host_bytes", "temp_bytes"),
+    ),
+    "speed model": (
+      *("selected", "fetched", "ms", "ms_low", "ms_high", "baseline", "baseline_ms", "ratio"),
+      *("tokens_per_s", "moved_bytes", "device_bytes", "host_bytes", "temp_bytes"),
+    ),
   }
 )
 
@@ -27,6 +36,16 @@ HEADS: Mapping[str, str] = MappingProxyType(
     "moved_bytes": "moved",
     "topk_recall": "top-k",
     "far_mass": "far mass",
+    "ms_low": "25%",
+    "ms_high": "75%",
+    "baseline_ms": "baseline ms",
+    "score_ms": "score",
+    "selection_ms": "select",
+    "selection_share": "share",
+    "tokens_per_s": "tokens/s",
+    "device_bytes": "device",
+    "host_bytes": "host",
+    "temp_bytes": "temp",
   }
 )
 
@@ -48,6 +67,15 @@ def label(row: Row, rows: Sequence[Row]) -> str:
   return ":".join([row["method"], *shown])
 
 
+def budget_label(row: Row) -> str | None:
+  """As a command line spells it; None for a method without one."""
+  budget = row.get("budget")
+  if budget is None:
+    return None
+  amount = f"{budget:.4g}" if isinstance(budget, float) else str(budget)
+  return amount + "/kv" * (row.get("per") == "kv_head")
+
+
 def table(rows: Sequence[Row], columns: Sequence[str] | None = None) -> Table:
   """A table of methods and figures; task and length are columns where they vary.
 
@@ -55,30 +83,38 @@ def table(rows: Sequence[Row], columns: Sequence[str] | None = None) -> Table:
     columns: figures to show; by default the benchmark's own.
   """
   if columns is None:
-    columns = COLUMNS.get(rows[0]["benchmark"], ()) if rows else ()
-  varying = [name for name in ("task", "T") if len({row[name] for row in rows}) > 1]
+    columns = _columns(rows[0]) if rows else ()
+  varying = [
+    name for name in ("task", "T", "dtype", "batch") if len({row.get(name) for row in rows}) > 1
+  ]
   fixed = [f"{name} {rows[0][name]}" for name in ("task", "T") if rows and name not in varying]
   shown = [*varying, "method", "budget", *columns, "n"]
   out = Table(
     title=", ".join(fixed), title_justify="left", box=None, header_style="bold", pad_edge=False
   )
   for name in shown:
-    left = name in ("task", "method")
+    left = name in ("task", "method", "dtype", "baseline")
     out.add_column(HEADS.get(name, name), justify="left" if left else "right", no_wrap=True)
   last: object = None
   for row in rows:
-    group = row["task"], row["T"]
+    group = tuple(row.get(name) for name in ("task", "T", "dtype", "batch"))
     if last is not None and group != last:
       out.add_section()
     last = group
-    named = {**row, "method": label(row, rows)}
+    named = {**row, "method": label(row, rows), "budget": budget_label(row)}
     out.add_row(*(_cell(name, named.get(name)) for name in shown))
   return out
+
+
+def _columns(row: Row) -> Sequence[str]:
+  """A benchmark's figures, or those of one of its tasks."""
+  benchmark = row["benchmark"]
+  return COLUMNS.get(benchmark) or COLUMNS.get(f"{benchmark} {row['task']}", ())
 
 
 def _cell(name: str, value: Any) -> str:
   if value is None:
     return "-"
-  if name == "moved_bytes":
+  if name.endswith("_bytes"):
     return f"{value / 1e6:.2f} MB"
   return f"{value:.4g}" if isinstance(value, float) else str(value)

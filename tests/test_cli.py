@@ -73,6 +73,8 @@ COMMANDS = (
   ("eval", "fidelity"),
   ("eval", "recall"),
   ("eval", "needle"),
+  ("eval", "speed"),
+  ("plan",),
   ("demo",),
 )
 

@@ -114,8 +114,8 @@ def test_a_step_of_a2ats_by_hand():
   )
   m = paged(budget=Budget(tokens=50), codewords=32, page=4, window=10, sinks=2, union=1.5)
   # 50 tokens, times 1.5 = 75; on pages, times 2 = 150, which is 38 pages of 4 (rounded up). A page
-  # is 2 4 8 4 = 256 bytes, so that a stage of 16 MiB holds all 250 pages.
-  assert plan.chosen(case, m) == plan.Chosen(tokens=75.0, pages=38, moved=250)
+  # is 2 4 8 4 = 256 bytes. 50 tokens fill 13 pages of 4, which is a stage: 3 stages.
+  assert plan.chosen(case, m) == plan.Chosen(tokens=75.0, pages=38, moved=39)
   # A stage of 15360 bytes holds 15360 / (3 2 256) = 10 pages of each of 6 heads: 4 stages.
   m = dataclasses.replace(m, stage=15360)
   assert plan.chosen(case, m) == plan.Chosen(tokens=75.0, pages=38, moved=40)
@@ -586,7 +586,7 @@ def test_the_command_prints_rows(capfd):
   assert (full["method"], full["batch"], full["T"], full["device"]) == ("full", 2, 32768, "h200")
   # 2 32 8 (32768 + 128) 128 numbers of 2 bytes, 2 rows; the same in pages of the host.
   assert full["cache_bytes"] == row["host_bytes"] == 2 * 2 * 32 * 8 * 32896 * 128 * 2
-  # 1024 tokens on twice as many slots: 128 pages of 8192 bytes, one stage of 16 MiB / (2 8 8192).
+  # 1024 tokens on twice as many slots: 128 pages of 8192 bytes, two stages of 1024 / 16.
   assert (row["pages"], row["moved_bytes"]) == (128, 2 * 32 * 8 * 128 * 8192)
   assert row["budget"] == "1024/kv"
   assert "tail=centroid" in row["options"]

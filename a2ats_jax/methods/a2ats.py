@@ -126,8 +126,8 @@ class A2ATS:
     fetch: pages a KV head may fetch in a step; 0 leaves it to the budget, so that nothing is ever
       dropped. Where the granted tokens need more, every query head of the KV head gives up its
       lowest-scoring tokens until they fit, and the statistics say how many.
-    stage: bytes of the device buffer that pages are fetched to, at least a page for every row and
-      KV head.
+    stage: bytes at most of the device buffer that pages are fetched to, but at least a page for
+      every row and KV head.
     order: of the prompt's tokens in pages; the output is the same.
     placement: of the pages.
   """
@@ -163,6 +163,19 @@ class A2ATS:
     """The method in reference form, which chooses and reads the same tokens."""
     names = [field.name for field in dataclasses.fields(A2ATSReference)]
     return A2ATSReference(**{name: getattr(self, name) for name in names})
+
+  def stage_pages(self, capacity: int, pages: int, bytes_each: int) -> int:
+    """Pages that each KV head fetches at once: as many as its budget would fill.
+
+    So that a small budget moves few pages in vain, and yet not fewer than eight for one wait.
+
+    Args:
+      capacity: tokens of a row at most.
+      pages: of each KV head, N.
+      bytes_each: of a page for every row and KV head.
+    """
+    filled = -(-int(self.budget.resolve(capacity).max()) // self.page)
+    return max(1, min(max(filled, 8), pages, self.stage // bytes_each))
 
   def init(self, geometry: Geometry) -> PagedState:
     g = geometry
@@ -506,8 +519,7 @@ class A2ATS:
   ) -> tuple[attention.Part, Float[Array, "B K"]]:
     """Attention over the chosen tokens of sealed pages, and bytes moved."""
     b, kv_heads, total = ids.shape
-    stage = self.stage // (b * kv_heads * state.store.page_bytes)
-    stage = max(1, min(stage, total))
+    stage = self.stage_pages(state.capacity, total, b * kv_heads * state.store.page_bytes)
     ids = jnp.pad(ids, ((0, 0), (0, 0), (0, -total % stage)))
     stages = (jnp.max(count) + stage - 1) // stage
 

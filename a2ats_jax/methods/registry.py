@@ -177,7 +177,6 @@ METHODS: Table = MappingProxyType(
       takes_codebook=True,
       options=MappingProxyType(_far("constant(2048)", "none")),
     ),
-    "a2ats-paged": _a2ats("alias", far="constant(2048)", tail="none"),
   }
 )
 
