@@ -3,11 +3,14 @@
 from types import MappingProxyType
 
 from a2ats_jax.ops import dispatch
-from a2ats_jax.ops.page_fetch import reference
+from a2ats_jax.ops.page_fetch import gpu, reference
 from a2ats_jax.typing import Array, Int, Shaped
 
 IMPLEMENTATIONS = MappingProxyType(
-  {dispatch.REFERENCE: dispatch.Implementation(run=reference.page_fetch)}
+  {
+    "gpu": dispatch.Implementation(run=gpu.page_fetch, hindrances=gpu.hindrances),
+    dispatch.REFERENCE: dispatch.Implementation(run=reference.page_fetch),
+  }
 )
 
 

@@ -3,11 +3,14 @@
 from types import MappingProxyType
 
 from a2ats_jax.ops import dispatch
-from a2ats_jax.ops.vq_encode import reference
+from a2ats_jax.ops.vq_encode import gpu, reference
 from a2ats_jax.typing import Array, Float, UInt16
 
 IMPLEMENTATIONS = MappingProxyType(
-  {dispatch.REFERENCE: dispatch.Implementation(run=reference.vq_encode)}
+  {
+    "gpu": dispatch.Implementation(run=gpu.vq_encode, hindrances=gpu.hindrances),
+    dispatch.REFERENCE: dispatch.Implementation(run=reference.vq_encode),
+  }
 )
 
 
