@@ -264,6 +264,9 @@ def kv_head_scores(
     logits: far scores of query heads, divided by ``sqrt(D)``.
     counts: tokens of every cell; what a cell without tokens scores says nothing.
   """
+  # Two heads that each look at one cell alone give both the share 1: scores tie but for rounding.
+  # Between barriers every program rounds alike, so that the fast path ties as the reference does.
+  logits, counts = jax.lax.optimization_barrier((logits, counts))
   b, s, h, cells = logits.shape
   kv_heads = counts.shape[2]
   logits = logits.reshape(b, s, kv_heads, h // kv_heads, cells)
@@ -273,7 +276,7 @@ def kv_head_scores(
   # Cells without tokens are kept at the peak, where they cannot overflow.
   weight = jnp.exp(jnp.minimum(logits - peak, 0.0)) * held.astype(jnp.float32)
   total = jnp.maximum(jnp.sum(weight, axis=-1, keepdims=True), jnp.finfo(jnp.float32).tiny)
-  return jnp.max(logits - peak - jnp.log(total), axis=3)
+  return jax.lax.optimization_barrier(jnp.max(logits - peak - jnp.log(total), axis=3))
 
 
 def select(

@@ -38,6 +38,9 @@ def test_a_kernel_for_another_backend_says_why(op):
   function(*arguments(op), implementation=dispatch.REFERENCE)
   with pytest.raises(UserError, match=f"{op}: implementation 'gpu' cannot run: it needs an NVIDIA"):
     function(*arguments(op), implementation="gpu")
+  if op != "page_fetch":  # which a TPU does on bytes
+    with pytest.raises(UserError, match=f"{op}: implementation 'tpu' cannot run: it needs a TPU"):
+      function(*arguments(op), implementation="tpu")
   with pytest.raises(UserError, match=f"{op}: unknown implementation 'cpu'; known: auto, "):
     function(*arguments(op), implementation="cpu")
 

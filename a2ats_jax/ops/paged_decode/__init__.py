@@ -4,11 +4,12 @@ from types import MappingProxyType
 
 from a2ats_jax.attention import Part
 from a2ats_jax.ops import dispatch
-from a2ats_jax.ops.paged_decode import gpu, reference
+from a2ats_jax.ops.paged_decode import gpu, reference, tpu
 from a2ats_jax.typing import Array, Bool, Float
 
 IMPLEMENTATIONS = MappingProxyType(
   {
+    "tpu": dispatch.Implementation(run=tpu.paged_decode, hindrances=tpu.hindrances),
     "gpu": dispatch.Implementation(run=gpu.paged_decode, hindrances=gpu.hindrances),
     dispatch.REFERENCE: dispatch.Implementation(run=reference.paged_decode),
   }

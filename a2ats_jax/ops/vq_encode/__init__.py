@@ -3,11 +3,12 @@
 from types import MappingProxyType
 
 from a2ats_jax.ops import dispatch
-from a2ats_jax.ops.vq_encode import gpu, reference
+from a2ats_jax.ops.vq_encode import gpu, reference, tpu
 from a2ats_jax.typing import Array, Float, UInt16
 
 IMPLEMENTATIONS = MappingProxyType(
   {
+    "tpu": dispatch.Implementation(run=tpu.vq_encode, hindrances=tpu.hindrances),
     "gpu": dispatch.Implementation(run=gpu.vq_encode, hindrances=gpu.hindrances),
     dispatch.REFERENCE: dispatch.Implementation(run=reference.vq_encode),
   }
