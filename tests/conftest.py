@@ -8,6 +8,7 @@ os.environ["XLA_FLAGS"] = (
 ).strip()
 
 import jax
+import pytest
 from hypothesis import settings
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
@@ -17,3 +18,13 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 settings.register_profile("ci", derandomize=True)
 if os.environ.get("CI"):
   settings.load_profile("ci")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _programs_of_a_module():
+  """Forget compiled programs after every file: each takes memory maps, of which there are 65530.
+
+  Beyond that XLA's compiler crashes.
+  """
+  yield
+  jax.clear_caches()
