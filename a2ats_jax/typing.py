@@ -14,8 +14,12 @@ D     head size
 E     model width
 V     vocabulary
 C     codewords of one codebook
-N     calibration tokens
+N     pages of one KV head; in training, calibration tokens
+P     tokens of a page
+F     pages fetched at once
+R     recent tokens in the ring
 Z     segments of far positions
+M     tokens after the prompt that are cells of their own
 ====  =====================================================
 
 Arrays of heads are laid out ``[B, S, H, D]`` on the way in and out, and caches
