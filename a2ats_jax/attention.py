@@ -169,3 +169,63 @@ def causal_chunk(
   out, _, total = jax.lax.fori_loop(0, start // s + 1, block, carry)
   out = (out / total[..., None]).reshape(b, kv_heads, group, s, d)
   return out.transpose(0, 3, 1, 2, 4).reshape(b, s, h, d)
+
+
+def column_sums(
+  q: Float[Array, "B S H D"],
+  k: Float[Array, "B K T D"],
+  start: Int[Array, ""],
+  lengths: Int[Array, "B"],
+) -> Float[Array, "B H T"]:
+  """The attention that every key receives from one chunk of prompt queries, summed over them.
+
+  Walks key blocks of S tokens twice, once for the normaliser of each query and once to add up.
+
+  Args:
+    q, k, start: as in :func:`causal_chunk`.
+    lengths: tokens of each row; queries after them give nothing.
+  """
+  b, s, h, _ = q.shape
+  row = start + jnp.arange(s, dtype=jnp.int32)
+
+  def block(index: Array) -> Float[Array, "B S H S"]:
+    keys = jax.lax.dynamic_slice_in_dim(k, index * s, s, axis=2)
+    seen = (index * s + jnp.arange(s, dtype=jnp.int32))[None, :] <= row[:, None]
+    return jnp.where(seen[None, :, None], logits(q, keys), -jnp.inf)
+
+  def normaliser(index: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
+    peak, total = carry
+    scores = block(index)
+    new = jnp.maximum(peak, jnp.max(scores, axis=-1))
+    return new, total * jnp.exp(peak - new) + jnp.sum(jnp.exp(scores - new[..., None]), axis=-1)
+
+  blocks = start // s + 1
+  carry = (jnp.full((b, s, h), -jnp.inf), jnp.zeros((b, s, h)))
+  peak, total = jax.lax.fori_loop(0, blocks, normaliser, carry)
+  gives = (row[None] < lengths[:, None])[:, :, None, None]
+
+  def add(index: Array, sums: Array) -> Array:
+    weight = jnp.exp(block(index) - peak[..., None]) / total[..., None]
+    weight = jnp.sum(jnp.where(gives, weight, 0.0), axis=1)
+    return jax.lax.dynamic_update_slice_in_dim(sums, weight, index * s, axis=2)
+
+  return jax.lax.fori_loop(0, blocks, add, jnp.zeros((b, h, k.shape[2])))
+
+
+def window_weights(
+  q: Float[Array, "B W H D"], k: Float[Array, "B K T D"], lengths: Int[Array, "B"]
+) -> Float[Array, "B W H T"]:
+  """Causal attention weights of each row's last W queries, W x T numbers a query head.
+
+  Args:
+    q: rotated, place i that of position ``length - W + i``; a negative position gives zeros.
+    k: rotated, slot = position.
+  """
+  w = q.shape[1]
+  position = lengths[:, None] - w + jnp.arange(w, dtype=jnp.int32)[None]
+  seen = jnp.arange(k.shape[2], dtype=jnp.int32)[None, None] <= position[:, :, None]
+  scores = jnp.where(seen[:, :, None], logits(q, k), -jnp.inf)
+  peak = jnp.max(scores, axis=-1, keepdims=True)
+  weight = jnp.exp(scores - jnp.where(jnp.isfinite(peak), peak, 0.0))
+  total = jnp.maximum(jnp.sum(weight, axis=-1, keepdims=True), jnp.finfo(jnp.float32).tiny)
+  return weight / total

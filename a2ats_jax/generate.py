@@ -11,7 +11,7 @@ import numpy as np
 
 from a2ats_jax import attention
 from a2ats_jax.errors import UserError
-from a2ats_jax.methods.base import Geometry, Method, PromptLayer, State
+from a2ats_jax.methods.base import Geometry, Method, PromptLayer, State, needs_of
 from a2ats_jax.models.config import ModelConfig
 from a2ats_jax.models.decoder import Decoder
 from a2ats_jax.rope import make_rope, rotate
@@ -86,12 +86,16 @@ def _prefill_layer(
   chunk: int,
 ) -> tuple[Float[Array, "B T E"], State]:
   """One layer over a whole prompt: exact attention by chunks, then the method absorbs it."""
-  block, rope = decoder.layer(layer), make_rope(decoder.config.rope)
+  block, rope, needs = decoder.layer(layer), make_rope(decoder.config.rope), needs_of(method)
   b, t, _ = x.shape
-  cache = jnp.zeros((b, decoder.config.kv_heads, t, decoder.config.head_dim), x.dtype)
+  heads, dim = decoder.config.heads, decoder.config.head_dim
+  cache = jnp.zeros((b, decoder.config.kv_heads, t, dim), x.dtype)
+  queries = jnp.zeros((b, needs.queries, heads, dim), x.dtype)
+  sums = jnp.zeros((b, heads, t if needs.sums else 0))
+  rows = jnp.arange(b, dtype=jnp.int32)[:, None]
 
   def step(carry, start):
-    x, rotated, values, keys = carry
+    x, rotated, values, keys, queries, sums = carry
     piece = jax.lax.dynamic_slice_in_dim(x, start, chunk, axis=1)
     positions = jnp.broadcast_to(start + jnp.arange(chunk, dtype=jnp.int32), (b, chunk))
     q, k, v = block.project(piece)
@@ -99,14 +103,29 @@ def _prefill_layer(
     rotated = jax.lax.dynamic_update_slice_in_dim(rotated, jnp.swapaxes(k_now, 1, 2), start, 2)
     values = jax.lax.dynamic_update_slice_in_dim(values, jnp.swapaxes(v, 1, 2), start, 2)
     keys = jax.lax.dynamic_update_slice_in_dim(keys, k, start, 1)
-    out = attention.causal_chunk(rotate(q, positions, rope), rotated, values, start)
+    q = rotate(q, positions, rope)
+    out = attention.causal_chunk(q, rotated, values, start)
     piece = block.finish(piece, out.astype(x.dtype))
-    return (jax.lax.dynamic_update_slice_in_dim(x, piece, start, 1), rotated, values, keys), None
+    x = jax.lax.dynamic_update_slice_in_dim(x, piece, start, 1)
+    if needs.queries:
+      place = positions - lengths[:, None] + needs.queries
+      place = jnp.where((place >= 0) & (place < needs.queries), place, needs.queries)
+      queries = queries.at[rows, place].set(q, mode="drop")
+    if needs.sums:
+      sums = sums + attention.column_sums(q, rotated, start, lengths)
+    return (x, rotated, values, keys, queries, sums), None
 
   starts = jnp.arange(0, t, chunk, dtype=jnp.int32)
-  carry = (x, cache, cache, jnp.swapaxes(cache, 1, 2))
-  (x, rotated, values, keys), _ = jax.lax.scan(step, carry, starts)
-  prompt = PromptLayer(keys, jnp.swapaxes(rotated, 1, 2), jnp.swapaxes(values, 1, 2), lengths)
+  carry = (x, cache, cache, jnp.swapaxes(cache, 1, 2), queries, sums)
+  (x, rotated, values, keys, queries, sums), _ = jax.lax.scan(step, carry, starts)
+  prompt = PromptLayer(
+    keys,
+    jnp.swapaxes(rotated, 1, 2),
+    jnp.swapaxes(values, 1, 2),
+    lengths,
+    queries if needs.queries else None,
+    sums if needs.sums else None,
+  )
   return x, method.absorb(state, prompt, layer=layer)
 
 

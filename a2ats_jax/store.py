@@ -3,9 +3,14 @@
 A page holds the keys and then the values of P tokens of one KV head, side by side, so that one copy
 brings both. All layers lie in one array, so that a scan over layers never takes a layer out of it.
 Data moves by whole pages: blocks are written, rows are gathered, nothing is scattered.
+
+Pages are floats, or on a TPU, which copies a page by a number it computes only as whole tiles of
+bytes, ``int8`` in the order of :class:`a2ats_jax.ops.tiles.PageFormat`. What is fetched is the same
+bit for bit.
 """
 
 import dataclasses
+import math
 import warnings
 from functools import partial
 from typing import Literal
@@ -16,38 +21,54 @@ from jax.typing import DTypeLike
 
 from a2ats_jax.errors import UserError
 from a2ats_jax.ops.page_fetch import page_fetch
-from a2ats_jax.typing import Array, Float, Int
+from a2ats_jax.ops.page_write import page_write, page_zeros
+from a2ats_jax.ops.pages import BytePages, FloatPages, Pages
+from a2ats_jax.ops.tiles import LANES, PageFormat
+from a2ats_jax.typing import Array, Float, Int, Shaped
 
 Placement = Literal["auto", "host", "device"]
 
-TILE = 4096  # bytes: a TPU copies a page whose number it computes in whole tiles of [32, 128] bytes
 
-
-@partial(jax.tree_util.register_dataclass, data_fields=["pages"], meta_fields=["page", "host"])
+@partial(
+  jax.tree_util.register_dataclass, data_fields=["pages"], meta_fields=["page", "host", "form"]
+)
 @dataclasses.dataclass(frozen=True)
 class KVStore:
   """Pages of every layer, row and KV head.
 
   Attributes:
-    pages: ``2 P D`` numbers a page: P keys, then P values.
+    pages: ``2 P D`` numbers a page, P keys and then P values, or ``R 128`` bytes.
     page: P, tokens a page.
     host: whether the pages lie in host memory.
+    form: what the bytes of a page are; none where pages are floats.
   """
 
-  pages: Float[Array, "L B K N page_numbers"]
+  pages: Shaped[Array, "L B K N *page_numbers"]
   page: int
   host: bool
+  form: PageFormat | None = None
 
   @property
   def page_bytes(self) -> int:
     """Bytes of a page, keys and values."""
-    return self.pages.shape[-1] * self.pages.dtype.itemsize
+    return math.prod(self.pages.shape[4:]) * self.pages.dtype.itemsize
 
 
 def host_memory() -> bool:
   """Whether the default backend has a host memory that its programs can address."""
   kinds = {memory.kind for memory in jax.devices()[0].addressable_memories()}
   return "pinned_host" in kinds
+
+
+def page_format(*, page: int, dim: int, dtype: DTypeLike) -> PageFormat | None:
+  """What the bytes of a page are, where the default backend's kernels take bytes; none elsewhere.
+
+  Raises:
+    UserError: such pages are no whole tiles.
+  """
+  if jax.default_backend() != "tpu":
+    return None
+  return PageFormat(page=page, dim=dim, dtype=jnp.dtype(dtype))
 
 
 def open_store(
@@ -75,12 +96,7 @@ def open_store(
   backend = jax.default_backend()
   if slots % page:
     raise UserError(f"store: {slots} slots are not a whole number of pages of {page}")
-  size = 2 * page * head_dim * jnp.dtype(dtype).itemsize
-  if backend == "tpu" and size % TILE:
-    raise UserError(
-      f"store: on a TPU a page must be a multiple of {TILE} bytes, got {size}: {page} tokens of "
-      f"{head_dim} {jnp.dtype(dtype).name} keys and values; choose another page"
-    )
+  form = page_format(page=page, dim=head_dim, dtype=dtype)
   if placement == "host" and not host_memory():
     raise UserError(f"store: backend {backend!r} has no host memory kind")
   host = host_memory() if placement == "auto" else placement == "host"
@@ -88,20 +104,52 @@ def open_store(
     warnings.warn(
       f"backend {backend!r} has no host memory kind: pages stay in device memory", stacklevel=2
     )
-  pages = jnp.zeros((layers, batch, kv_heads, slots // page, 2 * page * head_dim), dtype)
-  return KVStore(_to(pages, host), page, host)
+  shape = (layers, batch, kv_heads, slots // page)
+  if form:
+    pages = page_zeros(math.prod(shape), form.rows, host).reshape(*shape, form.rows, LANES)
+  else:
+    pages = _to(jnp.zeros((*shape, 2 * page * head_dim), dtype), host)
+  return KVStore(pages, page, host, form)
 
 
 def _to(x: Array, host: bool) -> Array:
   return jax.device_put(x, jax.memory.Space.Host if host else jax.memory.Space.Device)
 
 
+def _cut(x: Float[Array, "B K T D"], page: int) -> Float[Array, "B K N P D"]:
+  b, kv_heads, t, d = x.shape
+  return x.reshape(b, kv_heads, t // page, page, d)
+
+
 def _paged(
   k: Float[Array, "B K T D"], v: Float[Array, "B K T D"], page: int
 ) -> Float[Array, "B K N page_numbers"]:
-  b, kv_heads, t, d = k.shape
-  both = jnp.stack([x.reshape(b, kv_heads, t // page, page, d) for x in (k, v)], axis=3)
-  return both.reshape(b, kv_heads, t // page, 2 * page * d)
+  both = jnp.stack([_cut(x, page) for x in (k, v)], axis=3)
+  return both.reshape(*both.shape[:3], -1)
+
+
+def _numbers(store: KVStore, ids: Int[Array, "B K F"], layer: int | Array) -> Int[Array, "B*K*F"]:
+  """Where pages lie in the array of all layers, rows and KV heads."""
+  _, b, kv_heads, pages = store.pages.shape[:4]
+  rows = jnp.arange(b, dtype=jnp.int32)[:, None, None]
+  heads = jnp.arange(kv_heads, dtype=jnp.int32)[None, :, None]
+  return (((layer * b + rows) * kv_heads + heads) * pages + ids).reshape(-1)
+
+
+def _write_bytes(
+  store: KVStore,
+  form: PageFormat,
+  k: Float[Array, "B K T D"],
+  v: Float[Array, "B K T D"],
+  ids: Int[Array, "B K N"],
+  layer: int | Array,
+) -> KVStore:
+  k, v = (_cut(x.astype(form.dtype), form.page) for x in (k, v))
+  new = form.pack(k, v).reshape(-1, form.rows, LANES)
+  table = store.pages.reshape(-1, form.rows, LANES)
+  where = jnp.where(ids.reshape(-1) < 0, -1, _numbers(store, ids, layer))
+  pages = page_write(table, where, new)
+  return dataclasses.replace(store, pages=pages.reshape(store.pages.shape))
 
 
 def write_prompt(
@@ -112,6 +160,11 @@ def write_prompt(
   Args:
     k, v: in the order of their slots; T a multiple of the page.
   """
+  if store.form:
+    b, kv_heads, t, _ = k.shape
+    ids = jnp.arange(t // store.page, dtype=jnp.int32)
+    ids = jnp.broadcast_to(ids[None, None], (b, kv_heads, t // store.page))
+    return _write_bytes(store, store.form, k, v, ids, layer)
   block = _paged(k, v, store.page).astype(store.pages.dtype)[None]
   start = (layer, 0, 0, 0, 0)
   return dataclasses.replace(
@@ -129,9 +182,12 @@ def write_page(
 ) -> KVStore:
   """Write one page of every row; -1 leaves a row as it is.
 
-  A row at a time: rows may stand at different pages, and a block is a copy where a scatter on host
-  memory would not compile.
+  Floats are written a row at a time: rows may stand at different pages, and a block is a copy where
+  a scatter on host memory would not compile.
   """
+  if store.form:
+    ids = jnp.broadcast_to(page[:, None, None], (*k.shape[:2], 1))
+    return _write_bytes(store, store.form, k, v, ids, layer)
   pages = store.pages
   blocks = _paged(k, v, store.page).astype(pages.dtype)
   for row in range(k.shape[0]):
@@ -142,23 +198,20 @@ def write_page(
   return dataclasses.replace(store, pages=pages)
 
 
-def fetch(
-  store: KVStore, ids: Int[Array, "B K F"], *, layer: int | Array
-) -> tuple[Float[Array, "B K F P D"], Float[Array, "B K F P D"]]:
-  """Keys and values of F pages for every row and KV head, on the device.
+def fetch(store: KVStore, ids: Int[Array, "B K F"], *, layer: int | Array) -> Pages:
+  """F pages of every row and KV head, on the device.
 
+  ``keys, values = fetch(...)`` gives floats [B, K, F, P, D]; attention takes the pages as they are.
   Temporary memory is that of the pages fetched, whatever the store holds.
 
   Args:
     ids: 0 .. N - 1.
   """
-  layers, b, kv_heads, pages, numbers = store.pages.shape
-  f, half = ids.shape[2], numbers // 2
-  rows = jnp.arange(b, dtype=jnp.int32)[:, None, None]
-  heads = jnp.arange(kv_heads, dtype=jnp.int32)[None, :, None]
-  flat = ((layer * b + rows) * kv_heads + heads) * pages + ids
-  table = store.pages.reshape(layers * b * kv_heads * pages, 2, half)
-  both = page_fetch(table, _to(flat.reshape(-1), store.host))
-  shape = (b, kv_heads, f, store.page, half // store.page)
-  keys, values = (_to(x, False).reshape(shape) for x in both)
-  return keys, values
+  shape, where = store.pages.shape[4:], _numbers(store, ids, layer)
+  if store.form:
+    (got,) = page_fetch(store.pages.reshape(-1, *shape), where)
+    return BytePages(got.reshape(*ids.shape, *shape), store.form)
+  half = shape[0] // 2
+  keys, values = page_fetch(store.pages.reshape(-1, 2, half), where)
+  shape = (*ids.shape, store.page, half // store.page)
+  return FloatPages(keys.reshape(shape), values.reshape(shape))

@@ -26,6 +26,6 @@ Arrays of heads are laid out ``[B, S, H, D]`` on the way in and out, and caches
 ``[L, B, K, T, D]``, so that the tokens of one KV head are contiguous.
 """
 
-from jaxtyping import Array, Bool, Float, Int, Key, Shaped, UInt16
+from jaxtyping import Array, Bool, Float, Int, Key, Shaped, UInt, UInt16
 
-__all__ = ["Array", "Bool", "Float", "Int", "Key", "Shaped", "UInt16"]
+__all__ = ["Array", "Bool", "Float", "Int", "Key", "Shaped", "UInt", "UInt16"]

@@ -16,6 +16,7 @@ import numpy as np
 
 from a2ats_jax import attention, index, store
 from a2ats_jax.ops.paged_decode import paged_decode
+from a2ats_jax.ops.pages import FloatPages
 
 ROUNDS = 9
 HIGHEST = jax.lax.Precision.HIGHEST
@@ -144,11 +145,11 @@ def fetching(tokens: int = 131072, kv_heads: int = 8, group: int = 4, dim: int =
           return store.fetch(kept, here, layer=0)
         got = table.at[(here + start).reshape(-1)].get(mode="promise_in_bounds")
         got = got.reshape(1, kv_heads, stage, 2, page, dim)
-        return got[:, :, :, 0], got[:, :, :, 1]
+        return FloatPages(got[:, :, :, 0], got[:, :, :, 1])
 
       def step(i, part):
         here = jax.lax.dynamic_slice_in_dim(ids, i * stage, stage, axis=2)
-        new = paged_decode(q, *fetch(here), every[:, :, :stage])
+        new = paged_decode(q, fetch(here), every[:, :, :stage])
         return attention.merge([part, new])
 
       shape = q.shape[:3]

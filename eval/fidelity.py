@@ -94,7 +94,13 @@ def _measure(
   after, prefix = options.new + 1, model.tokenizer.encode("", special=True)
   prompts = [texts.prompt_of(window, unit.T, after, prefix) for window in windows]
   tokens, lengths = pad_prompts(prompts, model.config, new=options.new)
-  recording = record(model.decoder, tokens, lengths, progress=harness.layers_of(progress))
+  recording = record(
+    model.decoder,
+    tokens,
+    lengths,
+    methods=[case.method for case in cases],
+    progress=harness.layers_of(progress),
+  )
   inputs, targets = windows[:, -after:-1], windows[:, -options.new :]
   lines: list[Row] = [
     {"task": unit.task, "T": unit.T, "index": index, "results": []} for index in unit.indices

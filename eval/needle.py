@@ -155,7 +155,13 @@ def _measure(
   step: harness.Step,
 ) -> list[Row]:
   tokens, lengths = pad_prompts([p.ids[:-1] for p in prompts], model.config, new=options.new)
-  recording = record(model.decoder, tokens, lengths, progress=harness.layers_of(progress))
+  recording = record(
+    model.decoder,
+    tokens,
+    lengths,
+    methods=[case.method for case in cases],
+    progress=harness.layers_of(progress),
+  )
   lines: list[Row] = [
     {
       "task": unit.task,

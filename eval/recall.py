@@ -269,7 +269,13 @@ def _measure(
   prefix = model.tokenizer.encode("", special=True)
   prompts = [texts.prompt_of(window, unit.T, options.new, prefix) for window in windows]
   tokens, lengths = pad_prompts(prompts, model.config, new=options.new)
-  recording = record(model.decoder, tokens, lengths, progress=harness.layers_of(progress))
+  recording = record(
+    model.decoder,
+    tokens,
+    lengths,
+    methods=[case.method for case in cases],
+    progress=harness.layers_of(progress),
+  )
   inputs = windows[:, -options.new :]
   slots = tokens.shape[1] + options.new
   block = block_of(model.config, batch=len(prompts), slots=slots, new=options.new)

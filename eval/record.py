@@ -4,7 +4,9 @@ A prompt's attention is exact whatever the method, so what a method absorbs is t
 """
 
 import dataclasses
-from functools import partial
+import operator
+from collections.abc import Iterable
+from functools import partial, reduce
 from typing import NoReturn
 
 import jax
@@ -12,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from a2ats_jax.generate import Progress, geometry_of, prefill
-from a2ats_jax.methods.base import Geometry, Method, PromptLayer, State
+from a2ats_jax.methods.base import Geometry, Method, Needs, PromptLayer, State, needs_of
 from a2ats_jax.models.config import ModelConfig
 from a2ats_jax.models.decoder import Decoder
 from a2ats_jax.rope import Rope, make_rope, rotate
@@ -20,7 +22,9 @@ from a2ats_jax.typing import Array, Float, Int
 
 
 @partial(
-  jax.tree_util.register_dataclass, data_fields=["keys", "values", "lengths"], meta_fields=[]
+  jax.tree_util.register_dataclass,
+  data_fields=["keys", "values", "lengths", "queries", "sums"],
+  meta_fields=[],
 )
 @dataclasses.dataclass(frozen=True)
 class Recorded:
@@ -28,11 +32,14 @@ class Recorded:
 
   Attributes:
     lengths: tokens of each row; what lies behind them is padding.
+    queries, sums: as in :class:`a2ats_jax.methods.base.PromptLayer`, or None.
   """
 
   keys: Float[Array, "L B T K D"]
   values: Float[Array, "L B T K D"]
   lengths: Int[Array, "B"]
+  queries: Float[Array, "L B W H D"] | None = None
+  sums: Float[Array, "L B H T"] | None = None
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["prompt", "logits"], meta_fields=[])
@@ -49,10 +56,16 @@ class Recording:
   logits: Float[Array, "B V"]
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=[], meta_fields=[])
+@partial(jax.tree_util.register_dataclass, data_fields=[], meta_fields=["needs"])
 @dataclasses.dataclass(frozen=True)
 class Recorder:
-  """A method that keeps what it is given and attends to nothing. ``2 L B T K D`` numbers."""
+  """A method that keeps what it is given and attends to nothing. ``2 L B T K D`` numbers.
+
+  Attributes:
+    needs: what to keep beside keys and values.
+  """
+
+  needs: Needs
 
   @property
   def name(self) -> str:
@@ -66,18 +79,30 @@ class Recorder:
       geometry.kv_heads,
       geometry.head_dim,
     )
+    lead, last = shape[:2], (geometry.heads, geometry.head_dim)
+    queries, sums = (*lead, self.needs.queries, *last), (*lead, geometry.heads, geometry.prompt)
     return Recorded(
       jnp.zeros(shape, geometry.dtype),
       jnp.zeros(shape, geometry.dtype),
       jnp.zeros(geometry.batch, jnp.int32),
+      jnp.zeros(queries, geometry.dtype) if self.needs.queries else None,
+      jnp.zeros(sums) if self.needs.sums else None,
     )
 
   def absorb(self, state: Recorded, prompt: PromptLayer, *, layer: int | Array) -> Recorded:
-    put = jax.lax.dynamic_update_index_in_dim
-    return Recorded(
-      put(state.keys, prompt.keys.astype(state.keys.dtype), layer, 0),
-      put(state.values, prompt.values.astype(state.values.dtype), layer, 0),
-      prompt.lengths,
+
+    def put(all_layers: Array | None, one: Array | None) -> Array | None:
+      if all_layers is None or one is None:
+        return None
+      return jax.lax.dynamic_update_index_in_dim(all_layers, one.astype(all_layers.dtype), layer, 0)
+
+    return dataclasses.replace(
+      state,
+      keys=put(state.keys, prompt.keys),
+      values=put(state.values, prompt.values),
+      lengths=prompt.lengths,
+      queries=put(state.queries, prompt.queries),
+      sums=put(state.sums, prompt.sums),
     )
 
   def attend(
@@ -99,14 +124,17 @@ def record(
   tokens: Int[np.ndarray, "B T"],
   lengths: Int[np.ndarray, "B"],
   *,
+  methods: Iterable[Method] = (),
   progress: Progress | None = None,
 ) -> Recording:
   """Run prompts through the model and keep what methods absorb.
 
   Args:
     tokens, lengths: from :func:`a2ats_jax.generate.pad_prompts`.
+    methods: what any of them needs beside keys and values is kept too.
   """
-  logits, prompt = prefill(decoder, Recorder(), tokens, lengths, new=0, progress=progress)
+  needs = reduce(operator.or_, map(needs_of, methods), Needs())
+  logits, prompt = prefill(decoder, Recorder(needs), tokens, lengths, new=0, progress=progress)
   return Recording(prompt, logits)
 
 
@@ -115,13 +143,17 @@ def _replay(prompt: Recorded, method: Method, rope: Rope, *, geometry: Geometry)
   slots = jnp.arange(geometry.prompt, dtype=jnp.int32)
   positions = jnp.broadcast_to(slots[None], (geometry.batch, geometry.prompt))
 
+  last = needs_of(method).queries
+
   def absorb(state, scanned):
-    keys, values, layer = scanned
-    piece = PromptLayer(keys, rotate(keys, positions, rope), values, prompt.lengths)
+    keys, values, queries, sums, layer = scanned
+    if queries is not None:
+      queries = queries[:, queries.shape[1] - last :] if last else None
+    piece = PromptLayer(keys, rotate(keys, positions, rope), values, prompt.lengths, queries, sums)
     return method.absorb(state, piece, layer=layer), None
 
   layers = jnp.arange(geometry.layers, dtype=jnp.int32)
-  scanned = (prompt.keys, prompt.values, layers)
+  scanned = (prompt.keys, prompt.values, prompt.queries, prompt.sums, layers)
   return jax.lax.scan(absorb, method.init(geometry), scanned)[0]
 
 
@@ -129,6 +161,7 @@ def replay(config: ModelConfig, recording: Recording, method: Method, *, new: in
   """The state a prefill under ``method`` would have left.
 
   Args:
+    recording: made for this method, where it needs more than keys and values.
     new: tokens the state must have room for after the prompt.
   """
   _, batch, width, _, _ = recording.prompt.keys.shape

@@ -67,7 +67,7 @@ class DotProduct:
     with jax.numpy_dtype_promotion("standard"):  # it promotes bfloat16 by itself
       out = jax.nn.dot_product_attention(rotate(q, positions, rope), keys, values)
     read = jnp.full_like(positions, keys.shape[1] - 1)
-    return out, state, dense.dense_stats(read, q.shape[2], k.shape[2])
+    return out, state, dense.dense_stats(read, q.shape[2], k.shape[2], keys)
 
 
 def geometry_of(shape: LayerShape, *, batch: int, T: int, new: int, dtype: Any) -> Geometry:
@@ -130,7 +130,7 @@ def _attend_all(
   q, k, _, positions = token
   mask = dense.visible(positions, cache.k.shape[3])[:, :, None]
   part = dense.attend_masked(rotate(q, positions, rope), cache.k[0], cache.v[0], mask)
-  stats = dense.dense_stats(positions, q.shape[2], k.shape[2])
+  stats = dense.dense_stats(positions, q.shape[2], k.shape[2], cache.k)
   return attention.finish(part).astype(q.dtype), stats
 
 

@@ -87,7 +87,7 @@ class Blocked:
     state = dense.DenseCache(
       dense.append(state.k, key, positions, layer), dense.append(state.v, v, positions, layer)
     )
-    return out, state, dense.dense_stats(positions, q.shape[2], kv_heads)
+    return out, state, dense.dense_stats(positions, q.shape[2], kv_heads, state.k)
 
 
 def repeated(

@@ -12,7 +12,7 @@ from a2ats_jax.budget import Budget
 from a2ats_jax.codebook import Codebook, make_codebook
 from a2ats_jax.far import FarPosition
 from a2ats_jax.methods.a2ats_reference import A2ATSReference
-from a2ats_jax.methods.base import Geometry, PromptLayer
+from a2ats_jax.methods.base import Geometry, Needs, PromptLayer, needs_of
 from a2ats_jax.rope import Rope, RopeConfig, make_rope, rotate
 from tests import independent
 
@@ -179,20 +179,46 @@ def attend(method, state, q, k, v, positions, rope, layer):
 
 def prefilled(method, cache: Cache):
   """The state after every layer of the prompts was absorbed; padding slots hold numbers."""
-  state, prompt = method.init(cache.shape.geometry), cache.shape.prompt
+  state, needs = method.init(cache.shape.geometry), needs_of(method)
   if type(method) is A2ATSReference:  # absorbing depends on few options: fewer compilations
     method = dataclasses.replace(method, budget=Budget(tokens=0), tail="none")
-  positions = jnp.broadcast_to(jnp.arange(prompt, dtype=jnp.int32), (cache.shape.batch, prompt))
   for layer in range(cache.shape.layers):
-    keys = jnp.asarray(cache.k[layer, :, :prompt])
-    piece = PromptLayer(
-      keys=keys,
-      rotated=rotate(keys, positions, cache.rope),
-      values=jnp.asarray(cache.v[layer, :, :prompt]),
-      lengths=jnp.asarray(cache.lengths),
-    )
+    piece = prompt_layer(cache, layer, needs)
     state = absorb(method, state, piece, jnp.asarray(layer, jnp.int32))
   return state
+
+
+def prompt_layer(cache: Cache, layer: int, needs: Needs) -> PromptLayer:
+  """What a prefill hands over of one layer; the attention it sums is the naive causal one."""
+  prompt, batch = cache.shape.prompt, cache.shape.batch
+  positions = jnp.broadcast_to(jnp.arange(prompt, dtype=jnp.int32), (batch, prompt))
+  keys = jnp.asarray(cache.k[layer, :, :prompt])
+  queries, sums = None, None
+  if needs.queries:
+    place = cache.lengths[:, None] - needs.queries + np.arange(needs.queries)
+    last = cache.q[layer][np.arange(batch)[:, None], np.maximum(place, 0)]
+    last = rotate(jnp.asarray(last), jnp.asarray(place, jnp.int32), cache.rope)
+    queries = jnp.where(jnp.asarray(place >= 0)[..., None, None], last, 0)
+  if needs.sums:
+    every = rotate(jnp.asarray(cache.q[layer, :, :prompt]), positions, cache.rope)
+    sums = np.zeros((batch, cache.shape.heads, prompt), np.float32)
+    rotated = np.asarray(rotate(keys, positions, cache.rope), np.float64)
+    for row, length in enumerate(cache.lengths):
+      for head in range(cache.shape.heads):
+        key = rotated[row, :length, head * cache.shape.kv_heads // cache.shape.heads]
+        logits = np.asarray(every, np.float64)[row, :length, head] @ key.T
+        logits = np.where(np.tri(length, dtype=bool), logits * key.shape[1] ** -0.5, -np.inf)
+        weight = np.exp(logits - logits.max(axis=1, keepdims=True))
+        sums[row, head, :length] = (weight / weight.sum(axis=1, keepdims=True)).sum(axis=0)
+    sums = jnp.asarray(sums)
+  return PromptLayer(
+    keys=keys,
+    rotated=rotate(keys, positions, cache.rope),
+    values=jnp.asarray(cache.v[layer, :, :prompt]),
+    lengths=jnp.asarray(cache.lengths),
+    queries=queries,
+    sums=sums,
+  )
 
 
 def tokens_at(cache: Cache, layer: int, positions: np.ndarray):

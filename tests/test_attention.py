@@ -194,3 +194,56 @@ def test_chunk_in_bfloat16():
   got = by_chunks(q, k, v, 16)
   assert got.dtype == np.float32
   np.testing.assert_allclose(got, by_chunks(*wide, 16), atol=3e-2)
+
+
+# --- what a prompt's attention adds up to --------------------------------------------------------
+
+sums_of = jax.jit(attention.column_sums)
+weights_of = jax.jit(attention.window_weights)
+
+
+def naive_weights(q, k, length: int) -> np.ndarray:
+  """Causal attention weights of one row, ``[H, length, length]`` float64."""
+  keys = np.repeat(k[:, :length], H // K, axis=0).astype(np.float64)
+  logits = np.einsum("shd,htd->hst", q[:length].astype(np.float64), keys) * D**-0.5
+  logits = np.where(np.tri(length, dtype=bool), logits, -np.inf)
+  weight = np.exp(logits - logits.max(axis=-1, keepdims=True))
+  return weight / weight.sum(axis=-1, keepdims=True)
+
+
+@settings(max_examples=15, deadline=None)
+@given(lengths=st.tuples(st.integers(1, 24), st.integers(1, 24)), seed=st.integers(0, 10**6))
+def test_column_sums_equal_the_naive_matrix(lengths, seed):
+  """Summed over chunks, ragged rows; queries and keys of the padding give and get nothing."""
+  rng = np.random.default_rng(seed)
+  q = rng.normal(size=(2, 24, H, D)).astype(np.float32)
+  k = rng.normal(size=(2, K, 24, D)).astype(np.float32)
+  for row, length in enumerate(lengths):
+    q[row, length:], k[row, :, length:] = 1e3, 1e3
+  rows, keys = jnp.asarray(lengths, jnp.int32), jnp.asarray(k)
+  got = sum(
+    sums_of(jnp.asarray(q[:, at : at + CHUNK]), keys, jnp.asarray(at, jnp.int32), rows)
+    for at in range(0, 24, CHUNK)
+  )
+  for row, length in enumerate(lengths):
+    want = naive_weights(q[row], k[row], length).sum(axis=1)
+    np.testing.assert_allclose(got[row, :, :length], want, atol=1e-5)
+    assert not np.any(got[row, :, length:])
+
+
+@settings(max_examples=15, deadline=None)
+@given(length=st.integers(1, 24), window=st.integers(1, 9), seed=st.integers(0, 10**6))
+def test_window_weights_are_the_last_rows_of_the_naive_matrix(length, window, seed):
+  """A row shorter than the window has zeros for the queries that it has not got."""
+  rng = np.random.default_rng(seed)
+  q = rng.normal(size=(1, 24, H, D)).astype(np.float32)
+  k = rng.normal(size=(1, K, 24, D)).astype(np.float32)
+  place = np.arange(length - window, length)
+  last = np.where((place >= 0)[:, None, None], q[0, np.maximum(place, 0)], 0)[None]
+  got = weights_of(jnp.asarray(last), jnp.asarray(k), jnp.asarray([length], jnp.int32))[0]
+  want = naive_weights(q[0], k[0], length)
+  for i, position in enumerate(place):
+    expected = np.zeros((H, 24))
+    if position >= 0:
+      expected[:, :length] = want[:, position]
+    np.testing.assert_allclose(got[i], expected, atol=1e-5)

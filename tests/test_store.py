@@ -1,12 +1,20 @@
 """Pages: what is written is what is fetched, and fetching costs what is fetched."""
 
+from functools import partial
+from typing import Any, NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from a2ats_jax import store as paged
 from a2ats_jax.errors import UserError
+from a2ats_jax.ops.page_fetch import tpu
+from a2ats_jax.ops.pages import BytePages, FloatPages
+from a2ats_jax.ops.tiles import PageFormat
 
 SIZES = {"layers": 3, "batch": 2, "kv_heads": 2, "head_dim": 4, "page": 4, "dtype": jnp.float32}
 
@@ -113,10 +121,189 @@ def test_no_host_memory_says_so(monkeypatch):
     paged.open_store(slots=8, placement="host", **SIZES)
 
 
-def test_pages_are_whole_tiles_on_a_tpu(monkeypatch):
-  """4 tokens of 4 float32 keys and values are 128 bytes; 16 of 32 are 4096."""
+def test_pages_are_whole_tiles_of_bytes_on_a_tpu(monkeypatch):
+  """4 tokens of 64 float32 keys and values are half a tile of 4096 bytes."""
   monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
-  with pytest.raises(UserError, match="multiple of 4096 bytes, got 128"):
+  with pytest.raises(UserError, match="head size must be one of 64, 128, 256, got 4"):
     paged.open_store(slots=8, placement="device", **SIZES)
-  whole = SIZES | {"page": 16, "head_dim": 32}
-  assert paged.open_store(slots=32, placement="device", **whole).page_bytes == 4096
+  with pytest.raises(UserError, match="multiple of 8 for float32 and head size 64, got 4"):
+    paged.open_store(slots=8, placement="device", **SIZES | {"head_dim": 64})
+  monkeypatch.setattr(paged, "page_zeros", partial(tpu.page_zeros, interpret=True))
+  store = paged.open_store(slots=32, placement="device", **SIZES | {"page": 8, "head_dim": 64})
+  assert store.page_bytes == 4096
+  assert store.pages.dtype == jnp.int8
+  assert store.form == PageFormat(page=8, dim=64, dtype=jnp.dtype(jnp.float32))
+
+
+# --- pages of bytes, which a TPU's store keeps, against pages of floats -------------------------
+
+
+class Run(NamedTuple):
+  """A store's life, drawn: what is written and what is fetched."""
+
+  form: PageFormat
+  placement: paged.Placement
+  prompt: tuple[np.ndarray, np.ndarray]  # keys and values, [B, K, T, D]
+  pages: np.ndarray  # [writes, B], the page each row writes, or -1
+  written: np.ndarray  # [writes, 2, B, K, P, D]
+  ids: np.ndarray  # [B, K, F]
+
+
+class Drawn(NamedTuple):
+  """What a run is made of; sizes in pages but for rows and heads."""
+
+  dtype: Any
+  dim: int
+  tiles: int  # of 4096 bytes, a page
+  placement: paged.Placement
+  b: int
+  kv_heads: int
+  prompt: int
+  more: int
+  writes: int
+  fetched: int
+  seed: int
+
+  def run(self) -> Run:
+    """Random numbers, pages and rows."""
+    page = self.tiles * 4096 // (2 * self.dim * jnp.dtype(self.dtype).itemsize)
+    form = PageFormat(page=page, dim=self.dim, dtype=jnp.dtype(self.dtype))
+    rng, end = np.random.default_rng(self.seed), self.prompt + self.more
+    heads = (2, self.b, self.kv_heads)
+    return Run(
+      form,
+      self.placement,
+      tuple(rng.normal(size=(*heads, self.prompt * form.page, form.dim)).astype(form.dtype)),
+      rng.integers(-1, end, (self.writes, self.b)).astype(np.int32),
+      rng.normal(size=(self.writes, *heads, form.page, form.dim)).astype(form.dtype),
+      rng.integers(0, end, (*heads[1:], self.fetched)).astype(np.int32),
+    )
+
+
+DRAWN = st.builds(
+  Drawn,
+  dtype=st.sampled_from([jnp.float32, jnp.bfloat16]),
+  dim=st.sampled_from([64, 128, 256]),
+  tiles=st.integers(1, 2),
+  placement=st.sampled_from(["host", "device"]),
+  b=st.integers(1, 3),
+  kv_heads=st.integers(1, 2),
+  prompt=st.integers(1, 3),
+  more=st.integers(1, 2),
+  writes=st.integers(1, 3),
+  fetched=st.integers(1, 4),
+  seed=st.integers(0, 2**32 - 1),
+)
+
+
+def lived(run: Run, opened_as) -> paged.Pages:
+  """What a store of two layers gives back of the second after all was written, compiled."""
+  b, kv_heads, tokens, dim = run.prompt[0].shape
+  page = run.form.page
+
+  @jax.jit
+  def life(prompt, pages, written, ids, layer):
+    with pytest.MonkeyPatch.context() as patch:
+      patch.setattr(paged, "page_format", opened_as)
+      store = paged.open_store(
+        layers=2,
+        batch=b,
+        kv_heads=kv_heads,
+        head_dim=dim,
+        slots=tokens + 2 * page,
+        page=page,
+        dtype=run.form.dtype,
+        placement=run.placement,
+      )
+    store = paged.write_prompt(store, *prompt, layer=layer)
+    store = paged.write_prompt(store, *(-x for x in prompt), layer=0)
+
+    def write(i, store):
+      return paged.write_page(store, *written[i], pages[i], layer=layer)
+
+    store = jax.lax.fori_loop(0, len(run.pages), write, store)
+    return paged.fetch(store, ids, layer=layer)
+
+  return life(run.prompt, run.pages, run.written, run.ids, jnp.asarray(1, jnp.int32))
+
+
+def as_floats(**kwargs) -> None:
+  return None
+
+
+def as_bytes(*, page, dim, dtype) -> PageFormat:
+  return PageFormat(page=page, dim=dim, dtype=jnp.dtype(dtype))
+
+
+def interpreted(patch: pytest.MonkeyPatch) -> None:
+  """The store's kernels are those of a TPU."""
+  fetching, writing = (partial(x, interpret=True) for x in (tpu.page_fetch, tpu.page_write))
+  patch.setattr(paged, "page_fetch", lambda pages, ids: (fetching(pages, ids),))
+  patch.setattr(paged, "page_write", writing)
+  patch.setattr(paged, "page_zeros", partial(tpu.page_zeros, interpret=True))
+
+
+def assert_bytes_give_floats(run: Run, kernels: bool) -> None:
+  want = lived(run, as_floats)
+  assert isinstance(want, FloatPages)
+  with pytest.MonkeyPatch.context() as patch:
+    if kernels:
+      interpreted(patch)
+    got = lived(run, as_bytes)
+  assert isinstance(got, BytePages)
+  assert want.keys.dtype == run.form.dtype
+  for name, x, y in zip(("keys", "values"), got, want, strict=True):
+    np.testing.assert_array_equal(x, y, err_msg=name)
+  np.testing.assert_array_equal(got.keys, want.keys)
+  np.testing.assert_array_equal(got.values, want.values)
+
+
+@pytest.mark.parametrize("kernels", [False, True], ids=["reference", "interpreter"])
+@settings(max_examples=8, deadline=None)
+@given(what=DRAWN)
+def test_bytes_give_what_floats_give(kernels, what):
+  """Bit for bit, whatever the shape, through prompts, pages of some rows, and fetches."""
+  assert_bytes_give_floats(what.run(), kernels)
+
+
+def high_byte_first(self, k, v):
+  """Bytes of a number in the wrong order."""
+  return (
+    packed(self, k, v)
+    .reshape(*k.shape[:-2], -1, self.dtype.itemsize, 128)[..., ::-1, :]
+    .reshape(*k.shape[:-2], self.rows, 128)
+  )
+
+
+def values_first(self, k, v):
+  return packed(self, v, k)
+
+
+packed = PageFormat.pack
+
+
+def one_run() -> Run:
+  """Every page looked at, rows left out among those written."""
+  run = Drawn(jnp.float32, 64, 1, "host", 2, 2, 2, 2, 2, 4, seed=1).run()
+  every = np.broadcast_to(np.arange(4, dtype=np.int32), (2, 2, 4))
+  return run._replace(pages=np.asarray([[3, -1], [0, 2]], np.int32), ids=every)
+
+
+@pytest.mark.parametrize("wrong", [high_byte_first, values_first])
+def test_wrong_bytes_are_caught(monkeypatch, wrong):
+  assert_bytes_give_floats(one_run(), kernels=False)
+  monkeypatch.setattr(PageFormat, "pack", wrong)
+  with pytest.raises(AssertionError, match="keys"):
+    assert_bytes_give_floats(one_run(), kernels=False)
+
+
+@pytest.mark.parametrize("kernels", [False, True], ids=["reference", "interpreter"])
+def test_a_row_that_is_written_in_spite_of_minus_one_is_caught(monkeypatch, kernels):
+  numbers = paged._write_bytes
+
+  def wrong(store, form, k, v, ids, layer):
+    return numbers(store, form, k, v, jnp.maximum(ids, 0), layer)
+
+  monkeypatch.setattr(paged, "_write_bytes", wrong)
+  with pytest.raises(AssertionError, match="keys"):
+    assert_bytes_give_floats(one_run(), kernels)

@@ -31,7 +31,7 @@ from a2ats_jax.errors import UserError
 from a2ats_jax.far import FarPosition
 from a2ats_jax.methods import dense, selection
 from a2ats_jax.methods.a2ats_reference import A2ATSReference
-from a2ats_jax.methods.base import Geometry, PromptLayer, Stats
+from a2ats_jax.methods.base import Geometry, PromptLayer, Stats, token_by_token
 from a2ats_jax.ops.paged_decode import paged_decode
 from a2ats_jax.rope import Rope, rotate
 from a2ats_jax.typing import Array, Float, Int
@@ -39,7 +39,7 @@ from a2ats_jax.typing import Array, Float, Int
 
 @partial(
   jax.tree_util.register_dataclass,
-  data_fields=["length", "selected", "read", "tail", "pages", "moved", "dropped"],
+  data_fields=["length", "selected", "read", "tail", "read_bytes", "pages", "moved", "dropped"],
   meta_fields=[],
 )
 @dataclasses.dataclass(frozen=True)
@@ -275,20 +275,10 @@ class A2ATS:
     rope: Rope,
     layer: int | Array,
   ) -> tuple[Float[Array, "B S H D"], PagedState, PageStats]:
-    def one(state: PagedState, token: tuple[Array, ...]):
-      q, k, v, now = (x[:, None] for x in token)
-      out, state, stats = self._step(state, q, k, v, now, rope, layer)
-      return state, (out, stats)
+    def step(state: PagedState, q: Array, k: Array, v: Array, now: Array):
+      return self._step(state, q, k, v, now, rope, layer)
 
-    if q.shape[1] == 1:
-      return self._step(state, q, k, v, positions, rope, layer)
-    tokens = tuple(jnp.swapaxes(x, 0, 1) for x in (q, k, v, positions))
-    state, (out, stats) = jax.lax.scan(one, state, tokens)
-
-    def together(x: Array) -> Array:
-      return jnp.swapaxes(x[:, :, 0], 0, 1)  # [S, B, 1, ...] to [B, S, ...]
-
-    return together(out), state, jax.tree.map(together, stats)
+    return token_by_token(step, state, q, k, v, positions)
 
   def _step(
     self,
@@ -319,11 +309,13 @@ class A2ATS:
       share = rest.total * jnp.exp(rest.peak - jnp.where(whole.total > 0, whole.peak, 0.0))
       tail = share / jnp.maximum(whole.total, jnp.finfo(jnp.float32).tiny)
       part = whole
+    many = (selected + read[:, None])[:, None]
     stats = PageStats(
       length=positions + 1,
       selected=selected[:, None],
-      read=(selected + read[:, None])[:, None],
+      read=many,
       tail=tail,
+      read_bytes=dense.token_bytes(many, state.near.k) + self._index_bytes(state, pages)[:, None],
       pages=pages[:, None],
       moved=moved[:, None],
       dropped=dropped[:, None],
@@ -527,9 +519,9 @@ class A2ATS:
       here = jax.lax.dynamic_slice_in_dim(ids, done * stage, stage, axis=2)
       place = done * stage + jnp.arange(stage, dtype=jnp.int32)
       used = place[None, None] < count[..., None]
-      keys, values = paged.fetch(state.store, here, layer=layer)
+      pages = paged.fetch(state.store, here, layer=layer)
       chosen = cells.selected(*cells.look(state.index, here, layer=layer), taken)
-      new = paged_decode(q, keys, values, chosen & used[..., None])
+      new = paged_decode(q, pages, chosen & used[..., None])
       return attention.merge([part, new])
 
     nothing = attention.Part(
@@ -538,6 +530,20 @@ class A2ATS:
     part = jax.lax.fori_loop(0, stages, step, nothing)
     moved = (stages * (stage * state.store.page_bytes)).astype(jnp.float32)
     return part, jnp.broadcast_to(moved, count.shape)
+
+  def _index_bytes(self, state: PagedState, pages: Int[Array, "B K"]) -> Float[Array, "B K"]:
+    """Bytes read to choose tokens and to estimate the others.
+
+    Args:
+      pages: fetched.
+    """
+    size, dim, items = *state.sums.shape[3:], state.items.shape[3]
+    index, word = state.index, 4  # codes, counts and sums are int32 and float32
+    whole = (size + items) * dim + items  # codewords, and those of later tokens
+    whole += index.counts.shape[3] + 3 * index.first.shape[3]
+    whole += 2 * (index.cells.shape[3] - index.first.shape[3]) * self.page
+    whole += size * (dim + 1) if self.tail == "centroid" else 0
+    return (word * (whole + 2 * self.page * pages)).astype(jnp.float32)
 
   def _near(
     self,

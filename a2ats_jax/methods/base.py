@@ -8,6 +8,7 @@ have different lengths everywhere, told by their tokens' positions.
 """
 
 import dataclasses
+from collections.abc import Callable
 from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
@@ -46,9 +47,26 @@ class Geometry:
     return self.prompt + self.new
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Needs:
+  """What a method asks of a prompt's exact attention, beside keys and values.
+
+  Attributes:
+    queries: W, how many of each row's last queries.
+    sums: whether to add up the attention that every token receives.
+  """
+
+  queries: int = 0
+  sums: bool = False
+
+  def __or__(self, other: "Needs") -> "Needs":
+    """What serves both."""
+    return Needs(queries=max(self.queries, other.queries), sums=self.sums or other.sums)
+
+
 @partial(
   jax.tree_util.register_dataclass,
-  data_fields=["keys", "rotated", "values", "lengths"],
+  data_fields=["keys", "rotated", "values", "lengths", "queries", "sums"],
   meta_fields=[],
 )
 @dataclasses.dataclass(frozen=True)
@@ -58,17 +76,23 @@ class PromptLayer:
   Attributes:
     keys: before rotary embedding. rotated: after it. values.
     lengths: tokens of each row; slots from there on are padding and hold anything finite.
+    queries: rotated, of each row's last W tokens: place i holds that of position
+      ``length - W + i``, zeros where it is negative. None unless asked for (:class:`Needs`).
+    sums: attention that each token received from all queries of its row, per query head; 0 for
+      padding. None unless asked for.
   """
 
   keys: Float[Array, "B T K D"]
   rotated: Float[Array, "B T K D"]
   values: Float[Array, "B T K D"]
   lengths: Int[Array, "B"]
+  queries: Float[Array, "B W H D"] | None = None
+  sums: Float[Array, "B H T"] | None = None
 
 
 @partial(
   jax.tree_util.register_dataclass,
-  data_fields=["length", "selected", "read", "tail"],
+  data_fields=["length", "selected", "read", "tail", "read_bytes"],
   meta_fields=[],
 )
 @dataclasses.dataclass(frozen=True)
@@ -80,12 +104,15 @@ class Stats:
     selected: tokens chosen, after the union over the group; all where nothing is chosen.
     read: tokens whose key and value were attended exactly: chosen, sinks and window.
     tail: estimated share of attention that was not read exactly; 0 where nothing is estimated.
+    read_bytes: bytes of cache that the step's attention and selection read: keys and values as they
+      are stored, and whatever index, codes, bounds or landmarks were looked at to choose them.
   """
 
   length: Int[Array, "*L B S"]
   selected: Int[Array, "*L B S K"]
   read: Int[Array, "*L B S K"]
   tail: Float[Array, "*L B S H"]
+  read_bytes: Float[Array, "*L B S K"]
 
 
 @runtime_checkable
@@ -132,3 +159,46 @@ class Method(Protocol):
       :class:`Stats` unless the method says otherwise.
     """
     ...
+
+
+@runtime_checkable
+class Observer(Protocol):
+  """A method that asks more of a prompt than its keys and values."""
+
+  @property
+  def needs(self) -> Needs:
+    """What :meth:`Method.absorb` is to be given."""
+    ...
+
+
+def needs_of(method: Method) -> Needs:
+  """What a method asks of a prompt; nothing unless it says so."""
+  return method.needs if isinstance(method, Observer) else Needs()
+
+
+def token_by_token(
+  step: Callable[..., tuple[Array, State, Any]],
+  state: State,
+  q: Float[Array, "B S H D"],
+  k: Float[Array, "B S K D"],
+  v: Float[Array, "B S K D"],
+  positions: Int[Array, "B S"],
+) -> tuple[Float[Array, "B S H D"], State, Any]:
+  """S tokens, each by a step of its own: for methods whose state depends on every query.
+
+  Args:
+    step: ``(state, q, k, v, positions)``, each with S = 1, to output, state and statistics.
+  """
+  if q.shape[1] == 1:
+    return step(state, q, k, v, positions)
+
+  def one(state: State, token: tuple[Array, ...]) -> tuple[State, tuple[Array, Any]]:
+    out, state, stats = step(state, *(x[:, None] for x in token))
+    return state, (out, stats)
+
+  def together(x: Array) -> Array:
+    return jnp.swapaxes(x[:, :, 0], 0, 1)  # [S, B, 1, ...] to [B, S, ...]
+
+  tokens = tuple(jnp.swapaxes(x, 0, 1) for x in (q, k, v, positions))
+  state, (out, stats) = jax.lax.scan(one, state, tokens)
+  return together(out), state, jax.tree.map(together, stats)

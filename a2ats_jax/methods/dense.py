@@ -75,11 +75,18 @@ def attend_masked(
   return attention.from_logits(attention.logits(q, k), v, mask)
 
 
-def dense_stats(positions: Int[Array, "B S"], heads: int, kv_heads: int) -> Stats:
-  """The statistics of a method that reads every token."""
+def dense_stats(
+  positions: Int[Array, "B S"], heads: int, kv_heads: int, keys: Shaped[Array, "*lead D"]
+) -> Stats:
+  """The statistics of a method that reads every token of a cache as ``keys`` is."""
   length = positions + 1
   read = jnp.broadcast_to(length[..., None], (*length.shape, kv_heads))
-  return Stats(length, read, read, jnp.zeros((*length.shape, heads)))
+  return Stats(length, read, read, jnp.zeros((*length.shape, heads)), token_bytes(read, keys))
+
+
+def token_bytes(read: Int[Array, "B S K"], keys: Shaped[Array, "*lead D"]) -> Float[Array, "B S K"]:
+  """Bytes of the keys and values of some tokens, stored side by side as ``keys`` is."""
+  return read.astype(jnp.float32) * (2 * keys.shape[-1] * keys.dtype.itemsize)
 
 
 def write_prompt_cache(cache: DenseCache, prompt: PromptLayer, layer: int | Array) -> DenseCache:

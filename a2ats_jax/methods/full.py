@@ -45,8 +45,7 @@ class Full:
       dense.append(state.v, v, positions, layer),
     )
     mask = dense.visible(positions, state.k.shape[3])[:, :, None]
-    part = dense.attend_masked(
-      rotate(q, positions, rope), dense.read(state.k, layer), dense.read(state.v, layer), mask
-    )
-    stats = dense.dense_stats(positions, q.shape[2], k.shape[2])
+    keys, values = dense.read(state.k, layer), dense.read(state.v, layer)
+    part = dense.attend_masked(rotate(q, positions, rope), keys, values, mask)
+    stats = dense.dense_stats(positions, q.shape[2], k.shape[2], keys)
     return attention.finish(part).astype(q.dtype), state, stats

@@ -13,7 +13,7 @@ from a2ats_jax.errors import UserError
 from a2ats_jax.far import FarPosition
 from a2ats_jax.index import kv_head_scores
 from a2ats_jax.methods.base import Stats
-from a2ats_jax.methods.dense import attend_masked
+from a2ats_jax.methods.dense import attend_masked, token_bytes
 from a2ats_jax.rope import Rope, far_query
 from a2ats_jax.typing import Array, Bool, Float, Int
 
@@ -155,10 +155,12 @@ def read_exactly(
   """
   selected = union(chosen, keys.shape[1])
   read = selected | near[:, :, None]
+  many = jnp.sum(read, axis=-1, dtype=jnp.int32)
   stats = Stats(
     length=lengths,
     selected=jnp.sum(selected, axis=-1, dtype=jnp.int32),
-    read=jnp.sum(read, axis=-1, dtype=jnp.int32),
+    read=many,
     tail=jnp.zeros(q.shape[:3]),
+    read_bytes=token_bytes(many, keys),
   )
   return attend_masked(q, keys, values, read), selected, stats

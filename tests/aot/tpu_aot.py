@@ -3,9 +3,12 @@
 libtpu's compiler is the one that a TPU host runs, so what passes here passes Mosaic and XLA and
 fits the chip's memories. It says nothing of speed or of numbers.
 
-Prints one JSON line per kernel and chip, and one per control: programs that the compiler has to
-refuse, which show that a pass means something. Exit code 0: all compiled and all controls were
-refused; 1: something did not; 2: there is no compiler here. Usage::
+Besides the kernels it compiles whole decode steps through the library's own code, from the store in
+host memory to the output.
+
+Prints one JSON line per program and chip, and one per control: programs that the compiler or the
+checks have to refuse, which show that a pass means something. Exit code 0: all compiled and all
+controls were refused; 1: something did not; 2: there is no compiler here. Usage::
 
     python tests/aot/tpu_aot.py [--chips v5e:1x1,v6e:1x1]
 
@@ -14,8 +17,10 @@ Shapes are Llama-3.1-8B's: 32 query heads on 8 KV heads of size 128, bfloat16 pa
 """
 
 import argparse
+import dataclasses
 import importlib.util
 import json
+import math
 import os
 import re
 import sys
@@ -42,11 +47,17 @@ import jax.numpy as jnp
 from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
-from a2ats_jax import attention
+from a2ats_jax import attention, store
+from a2ats_jax.budget import Budget
+from a2ats_jax.codebook import make_codebook
+from a2ats_jax.far import FarPosition
+from a2ats_jax.methods.a2ats import A2ATS
+from a2ats_jax.methods.base import Geometry
 from a2ats_jax.ops.page_fetch import tpu as page_fetch
 from a2ats_jax.ops.paged_decode import tpu as paged_decode
 from a2ats_jax.ops.tiles import DecodeTiles, PageFormat
 from a2ats_jax.ops.vq_encode import tpu as vq_encode
+from a2ats_jax.rope import RopeConfig, make_rope
 
 CHIPS = ("v5e:1x1", "v5p:1x1x1", "v6e:1x1", "tpu7x:1x1x1")
 HOST, DEVICE = jax.memory.Space.Host, jax.memory.Space.Device
@@ -70,15 +81,20 @@ class Program(NamedTuple):
   """What to compile, and the kernels whose calls have to be in it.
 
   Attributes:
+    inputs: trees of shapes.
     temp: bytes beside arguments and outputs that it may take at most, if that matters.
     in_place: whether it returns its first input, in host memory, and may not copy it.
+    state: whether it gives up its second input too, and returns more than the first.
+    opens: whether the first of two outputs is in host memory.
   """
 
   run: Callable[..., Any]
-  inputs: tuple[Input, ...]
+  inputs: tuple[Any, ...]
   kernels: tuple[str, ...]
   temp: int | None = None
   in_place: bool = False
+  state: bool = False
+  opens: bool = False
 
 
 def _from_host(run: Callable[..., Any], pages: jax.Array, *args: Any) -> Any:
@@ -133,6 +149,91 @@ def _prompt(pages: jax.Array, k: jax.Array, v: jax.Array, ids: jax.Array) -> jax
   """Packs the keys and values of a prompt and writes them."""
   new = LLAMA.pack(k, v).reshape(-1, LLAMA.rows, 128)
   return page_fetch.page_write(jax.device_put(pages, HOST), ids, new)
+
+
+def _opened(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """An empty store of 128K tokens; the input is there to say on which device."""
+  opened = store.open_store(
+    layers=L, batch=B, kv_heads=K, head_dim=D, slots=N * P, page=P, dtype=BF16, placement="host"
+  )
+  return opened.pages, x
+
+
+def _step(tokens: int, whole: bool = False) -> Program:
+  """A decode step of A2ATS in all layers, as the library runs it on a TPU.
+
+  Args:
+    tokens: of the prompt.
+    whole: wrong: all pages are moved to the device first.
+  """
+  kept = Geometry(
+    batch=B, layers=L, heads=H, kv_heads=K, head_dim=D, prompt=tokens, new=256, dtype=BF16
+  )
+  eye = jnp.broadcast_to(jnp.eye(D), (L, K, D, D))
+  book = jax.eval_shape(make_codebook, jax.ShapeDtypeStruct((L, K, C, D), F32), eye)
+  method = A2ATS(
+    codebook=book,
+    budget=Budget(tokens=2048, per="kv_head"),
+    far=FarPosition.segments(8),
+    tail="centroid",
+  )
+  rope = make_rope(RopeConfig(head_dim=D, theta=500000.0))
+  state = jax.eval_shape(lambda: method.init(kept))  # opens the store, as on a TPU
+  leaves, tree = jax.tree.flatten(state)
+  place = next(i for i, x in enumerate(leaves) if x is state.store.pages)
+
+  def run(pages, rest, book, q, k, v, positions):
+    pages = jax.device_put(pages, DEVICE if whole else HOST)
+    state = jax.tree.unflatten(tree, [*rest[:place], pages, *rest[place:]])
+    if whole:
+      state = dataclasses.replace(state, store=dataclasses.replace(state.store, host=False))
+    here = dataclasses.replace(method, codebook=book)
+
+    def layer(carry, index):
+      x, state = carry
+      where = {"positions": positions, "rope": rope, "layer": index}
+      out, state, stats = here.attend(state, q + x, k, v, **where)
+      return (out.astype(BF16), state), stats
+
+    carry = (jnp.zeros_like(q), state)
+    (x, state), stats = jax.lax.scan(layer, carry, jnp.arange(L, dtype=jnp.int32))
+    rest = jax.tree.leaves(state)
+    pages = jax.device_put(rest.pop(place), HOST)
+    return pages, (rest, x, stats)
+
+  shapes = jax.tree.map(lambda x: Input(x.shape, x.dtype), (leaves, book))
+  pages = shapes[0].pop(place)._replace(host=True)
+  heads = [Input((B, 1, n, D), BF16) for n in (H, K, K)]
+  return Program(
+    run,
+    (pages, *shapes, *heads, Input((B, 1), jnp.int32)),
+    ("page_fetch", "page_write", "paged_decode", "vq_encode"),
+    # Of the pages of one layer less than half: the index of all layers is copied, see _growth.
+    temp=math.prod(pages.shape) // (2 * L) + (64 << 20),
+    in_place=True,
+    state=True,
+  )
+
+
+STEPS = {"decode step, 8K tokens": 8 << 10, "decode step, 128K tokens": 128 << 10}
+
+
+def _growth(chip: str, rows: dict[str, dict[str, Any]]) -> dict[str, Any]:
+  """How temporary memory of the step grows with the store.
+
+  Not with pages. The index does grow, cells and ranks in rows of 16 numbers that a TPU pads to 128,
+  and XLA copies it: an eighth of the bytes of the pages, or less than a quarter with what is
+  computed from it.
+  """
+  small, large = (rows.get(name, {}) for name in STEPS)
+  row: dict[str, Any] = {"program": "decode step, growth", "chip": chip}
+  if "host_argument_bytes" not in small or "host_argument_bytes" not in large:
+    return row | {"problem": "the step did not compile at both sizes"}
+  for name in ("beside_bytes", "host_argument_bytes"):
+    row[name] = large[name] - small[name]
+  if row["beside_bytes"] > row["host_argument_bytes"] // 4:
+    row["problem"] = "temporary bytes grow with the pages"
+  return row
 
 
 def _programs() -> dict[str, Program]:
@@ -226,12 +327,17 @@ def _programs() -> dict[str, Program]:
       ("page_fetch", "paged_decode"),
       temp=2 * stage_bytes,
     ),
+    "open_store, 128K tokens": Program(
+      _opened, (Input((1,), jnp.int32),), ("page_zeros",), temp=8 << 20, opens=True
+    ),
+    **{name: _step(tokens) for name, tokens in STEPS.items()},
   }
 
 
 def _controls() -> dict[str, Program]:
-  """Programs that no chip can run."""
+  """Programs that no chip can run, and one that copies its store."""
   return {
+    "control: a step that copies its store": _step(128 << 10, whole=True),
     "control: a block larger than VMEM": _decode(LLAMA, BF16, 32768, DecodeTiles(pages=32768)),
     "control: half a tile a page": Program(
       partial(_from_host, page_fetch.page_fetch),
@@ -247,10 +353,15 @@ def _compile(program: Program, device: Any):
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
   how: dict[str, Any] = {}
-  if program.in_place:
-    host = SingleDeviceSharding(device, memory_kind="pinned_host")
+  host = SingleDeviceSharding(device, memory_kind="pinned_host")
+  if program.state:
+    how = {"donate_argnums": (0, 1), "out_shardings": (host, SingleDeviceSharding(device))}
+  elif program.opens:
+    how = {"out_shardings": (host, SingleDeviceSharding(device))}
+  elif program.in_place:
     how = {"donate_argnums": 0, "out_shardings": host}
-  return jax.jit(program.run, **how).lower(*(shape(x) for x in program.inputs)).compile()
+  inputs = jax.tree.map(shape, program.inputs, is_leaf=lambda x: isinstance(x, Input))
+  return jax.jit(program.run, **how).lower(*inputs).compile()
 
 
 def _calls(text: str) -> dict[str, int]:
@@ -311,6 +422,9 @@ def main() -> int:
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument("--chips", default=",".join(CHIPS), help="topologies, separated by commas")
   chips = parser.parse_args().chips.split(",")
+  jax.default_backend = lambda: (
+    "tpu"
+  )  # what the library asks when it opens a store or picks a kernel
   start, wrong, done = time.perf_counter(), 0, 0
   for chip in chips:
     try:
@@ -320,18 +434,25 @@ def main() -> int:
       problem = f"{type(error).__name__}: {error}"[:300]
       print(json.dumps({"chip": chip, "problem": problem}), flush=True)
       continue
+    rows: dict[str, dict[str, Any]] = {}
     for name, program in (_programs() | _controls()).items():
       row: dict[str, Any] = {"program": name, "chip": chip}
       control = name.startswith("control")
       try:
         row |= _inspect(program, device)
-        if control:
-          row["problem"] = "compiled, and no chip can run it"
+        if control and "problem" in row:
+          row["refused"] = row.pop("problem")
+        elif control:
+          row["problem"] = "compiled as if nothing were wrong"
       except Exception as error:  # whatever the compiler raises is the result
         row["refused" if control else "problem"] = f"{type(error).__name__}: {error}"[:300]
+      rows[name] = row
       wrong += "problem" in row
       done += 1
       print(json.dumps(row), flush=True)
+    growth = _growth(chip, rows)
+    wrong += "problem" in growth
+    print(json.dumps(growth), flush=True)
   total = {"programs": done, "wrong": wrong, "seconds": round(time.perf_counter() - start, 1)}
   print(json.dumps(total | {"jax": jax.__version__}), flush=True)
   return 1 if wrong else 0

@@ -7,6 +7,8 @@ import pytest
 
 from a2ats_jax.errors import UserError
 from a2ats_jax.ops import dispatch
+from a2ats_jax.ops.pages import BytePages, FloatPages
+from a2ats_jax.ops.tiles import PageFormat
 
 OPS = ("page_fetch", "paged_decode", "vq_encode")
 
@@ -16,8 +18,7 @@ def arguments(op: str) -> tuple:
     "page_fetch": (jnp.zeros((3, 2, 128)), jnp.zeros(2, jnp.int32)),
     "paged_decode": (
       jnp.zeros((1, 1, 2, 64)),
-      jnp.zeros((1, 1, 2, 8, 64)),
-      jnp.zeros((1, 1, 2, 8, 64)),
+      FloatPages(jnp.zeros((1, 1, 2, 8, 64)), jnp.zeros((1, 1, 2, 8, 64))),
       jnp.zeros((1, 1, 2, 8), bool),
     ),
     "vq_encode": (jnp.zeros((4, 1, 8)), jnp.eye(8)[None], jnp.ones((1, 3, 8))),
@@ -38,11 +39,29 @@ def test_a_kernel_for_another_backend_says_why(op):
   function(*arguments(op), implementation=dispatch.REFERENCE)
   with pytest.raises(UserError, match=f"{op}: implementation 'gpu' cannot run: it needs an NVIDIA"):
     function(*arguments(op), implementation="gpu")
-  if op != "page_fetch":  # which a TPU does on bytes
-    with pytest.raises(UserError, match=f"{op}: implementation 'tpu' cannot run: it needs a TPU"):
-      function(*arguments(op), implementation="tpu")
+  with pytest.raises(UserError, match=f"{op}: implementation 'tpu' cannot run: it needs a TPU"):
+    function(*arguments(op), implementation="tpu")
   with pytest.raises(UserError, match=f"{op}: unknown implementation 'cpu'; known: auto, "):
     function(*arguments(op), implementation="cpu")
+
+
+def test_bytes_are_for_a_tpu():
+  """Pages of bytes and pages of floats: each kernel says which it cannot take."""
+  form = PageFormat(page=8, dim=64, dtype=jnp.dtype(jnp.float32))
+  q, pages, mask = arguments("paged_decode")
+  packed = BytePages(form.pack(*pages), form)
+  kernels = importlib.import_module("a2ats_jax.ops.paged_decode").IMPLEMENTATIONS
+  assert kernels["tpu"].hindrances("tpu", q, packed, mask) == []
+  assert kernels["tpu"].hindrances("tpu", q, pages, mask) == []
+  assert "pages must be floats, got bytes" in kernels["gpu"].hindrances("gpu", q, packed, mask)
+  kernels = importlib.import_module("a2ats_jax.ops.page_fetch").IMPLEMENTATIONS
+  ids = jnp.zeros(2, jnp.int32)
+  assert kernels["tpu"].hindrances("tpu", packed.data[0, 0], ids) == []
+  assert kernels["tpu"].hindrances("tpu", *arguments("page_fetch")) != []
+  assert kernels["gpu"].hindrances("gpu", packed.data[0, 0], ids) != []
+  kernels = importlib.import_module("a2ats_jax.ops.page_write").IMPLEMENTATIONS
+  assert kernels["tpu"].hindrances("tpu", packed.data[0, 0], ids, packed.data[0, 0]) == []
+  assert kernels["tpu"].hindrances("cpu", packed.data[0, 0], ids, packed.data[0, 0]) != []
 
 
 def test_the_first_that_nothing_hinders_runs():

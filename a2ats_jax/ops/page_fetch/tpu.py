@@ -24,6 +24,13 @@ from a2ats_jax.typing import Array, Int
 
 _MOST = 1 << 16  # numbers of pages that scalar memory holds beside what the compiler needs
 
+_BLANK_BYTES = 4 << 20  # zeros written at once
+
+
+def _calls(count: int) -> list[slice]:
+  """Which pages each call moves."""
+  return [slice(i, min(i + _MOST, count)) for i in range(0, count, _MOST)]
+
 
 class _Mutation(enum.Enum):
   """Ways to be wrong, which the tests must see."""
@@ -33,6 +40,11 @@ class _Mutation(enum.Enum):
   NO_WAIT = "the kernel ends with copies under way"
 
 
+def backend_hindrances(backend: str) -> list[str]:
+  """Why none of these kernels can run on this backend; empty where they can."""
+  return [] if backend == "tpu" else [f"it needs a TPU, and the backend is {backend}"]
+
+
 def hindrances(backend: str, pages: Array, ids: Array) -> list[str]:
   """Why the kernel cannot fetch these, a sentence each; empty where it can.
 
@@ -40,15 +52,13 @@ def hindrances(backend: str, pages: Array, ids: Array) -> list[str]:
     backend: by JAX's name.
     pages, ids: as in :func:`page_fetch`.
   """
-  reasons = [] if backend == "tpu" else [f"it needs a TPU, and the backend is {backend}"]
+  reasons = backend_hindrances(backend)
   if pages.dtype != jnp.int8 or pages.ndim != 3:
     reasons.append(f"pages must be int8 [N, R, 128], got {pages.dtype} {list(pages.shape)}")
   elif pages.shape[1] % BYTE_ROWS or pages.shape[2] != LANES:
     reasons.append(
       f"a page must be int8 [a multiple of {BYTE_ROWS}, {LANES}], got {list(pages.shape[1:])}"
     )
-  if ids.size > _MOST:
-    reasons.append(f"at most {_MOST} pages at once, got {ids.size}")
   return reasons
 
 
@@ -61,8 +71,9 @@ def page_fetch(
 ) -> Int8[Array, "n R 128"]:
   """The pages named, in device memory.
 
-  Temporary memory is that of the pages fetched. The memory that ``pages`` lies in is part of its
-  type; the ids are moved to device memory where they are not there.
+  Temporary memory is that of the pages fetched: none up to 65,536 of them, which one call brings,
+  and once their bytes beyond, where calls are joined. The memory that ``pages`` lies in is part of
+  its type; the ids are moved to device memory where they are not there.
 
   Args:
     pages: bytes, whole tiles a page (:class:`a2ats_jax.ops.tiles.PageFormat`).
@@ -77,7 +88,11 @@ def page_fetch(
     page_bytes = pages.shape[1] * pages.shape[2]
     tiles = FetchTiles.of(pages=ids.size, page_bytes=page_bytes, host=host)
   ids = jax.device_put(ids.astype(jnp.int32), jax.memory.Space.Device)
-  return _build(ids.size, pages.shape, host, tiles, interpret)(ids, pages)
+  parts = [
+    _build(ids[now].size, pages.shape, host, tiles, interpret)(ids[now], pages)
+    for now in _calls(ids.size)
+  ]
+  return parts[0] if len(parts) == 1 else jnp.concatenate(parts)
 
 
 def _build(
@@ -130,9 +145,11 @@ def page_write(
     page_bytes = pages.shape[1] * pages.shape[2]
     tiles = FetchTiles.of(pages=ids.size, page_bytes=page_bytes, host=host)
   ids = jax.device_put(ids.astype(jnp.int32), jax.memory.Space.Device)
-  new = pltpu.with_memory_space_constraint(new, pltpu.HBM)
-  out = _build_write(ids.size, pages.shape, host, tiles, interpret)(ids, new, pages)
-  return jax.device_put(out, jax.memory.Space.Host) if host else out  # the space is in its type
+  for now in _calls(ids.size):
+    block = pltpu.with_memory_space_constraint(new[now], pltpu.HBM)
+    pages = _build_write(ids[now].size, pages.shape, host, tiles, interpret)(ids[now], block, pages)
+    pages = jax.device_put(pages, jax.memory.Space.Host) if host else pages  # it is in its type
+  return pages
 
 
 def _build_write(
@@ -154,14 +171,55 @@ def _build_write(
       out_specs=pl.BlockSpec(memory_space=space),
       scratch_shapes=[pltpu.SemaphoreType.DMA((min(tiles.depth, n),))],
     ),
-    out_shape=pl.MemoryRef(jax.core.ShapedArray(shape, jnp.dtype(jnp.int8)), pl.HOST)
-    if host
-    else jax.ShapeDtypeStruct(shape, jnp.int8),
+    out_shape=_result(shape, host),
     input_output_aliases={2: 0},
     cost_estimate=pl.CostEstimate(flops=0, bytes_accessed=2 * moved, transcendentals=0),
     name="page_write",
     interpret=interpret,
   )
+
+
+def page_zeros(
+  count: int, rows: int, host: bool, *, interpret: bool | pltpu.InterpretParams = False
+) -> Int8[Array, "N R 128"]:
+  """Pages of zeros, in host memory without passing through as much device memory.
+
+  XLA makes an array of zeros on the device and moves it: of a store that would not fit.
+
+  Args:
+    count: N. rows: R.
+    host: whether they are to lie in host memory.
+    interpret: run it on a CPU.
+  """
+  size = max(1, min(count, _BLANK_BYTES // (rows * LANES)))
+  blank = pltpu.with_memory_space_constraint(jnp.zeros((size, rows, LANES), jnp.int8), pltpu.HBM)
+  shape = (count, rows, LANES)
+  out = pl.pallas_call(
+    partial(_zeros_kernel, count=count, size=size),
+    in_specs=[pl.BlockSpec(memory_space=pltpu.HBM)],
+    out_specs=pl.BlockSpec(memory_space=pl.HOST if host else pl.ANY),
+    scratch_shapes=[pltpu.SemaphoreType.DMA((1,))],
+    out_shape=_result(shape, host),
+    name="page_zeros",
+    interpret=interpret,
+  )(blank)
+  return jax.device_put(out, jax.memory.Space.Host) if host else out
+
+
+def _zeros_kernel(blank, pages, done, *, count: int, size: int):
+  def fill(i):
+    here = pages.at[pl.ds(jnp.minimum(i * size, count - size), size)]
+    copy = pltpu.make_async_copy(blank, here, done.at[0])
+    copy.start()
+    copy.wait()
+
+  _each(0, -(-count // size), fill)
+
+
+def _result(shape: tuple[int, ...], host: bool):
+  if host:
+    return pl.MemoryRef(jax.core.ShapedArray(shape, jnp.dtype(jnp.int8)), pl.HOST)
+  return jax.ShapeDtypeStruct(shape, jnp.int8)
 
 
 def _each(start, stop, act):

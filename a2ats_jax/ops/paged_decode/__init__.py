@@ -5,21 +5,47 @@ from types import MappingProxyType
 from a2ats_jax.attention import Part
 from a2ats_jax.ops import dispatch
 from a2ats_jax.ops.paged_decode import gpu, reference, tpu
+from a2ats_jax.ops.pages import BytePages, Pages
 from a2ats_jax.typing import Array, Bool, Float
+
+
+def _on_tpu(q: Array, pages: Pages, mask: Array) -> Part:
+  if isinstance(pages, BytePages):
+    return tpu.packed_decode(q, pages.data, mask, form=pages.form)
+  return tpu.paged_decode(q, pages.keys, pages.values, mask)
+
+
+def _not_on_tpu(backend: str, q: Array, pages: Pages, mask: Array) -> list[str]:
+  if isinstance(pages, BytePages):  # whose format was checked when it was made
+    return tpu.backend_hindrances(backend)
+  return tpu.hindrances(backend, q, pages.keys, pages.values, mask)
+
+
+def _on_gpu(q: Array, pages: Pages, mask: Array) -> Part:
+  return gpu.paged_decode(q, pages.keys, pages.values, mask)
+
+
+def _not_on_gpu(backend: str, q: Array, pages: Pages, mask: Array) -> list[str]:
+  reasons = gpu.hindrances(backend, q, pages.keys, pages.values, mask)
+  return reasons + ["pages must be floats, got bytes"] * isinstance(pages, BytePages)
+
+
+def _anywhere(q: Array, pages: Pages, mask: Array) -> Part:
+  return reference.paged_decode(q, pages.keys, pages.values, mask)
+
 
 IMPLEMENTATIONS = MappingProxyType(
   {
-    "tpu": dispatch.Implementation(run=tpu.paged_decode, hindrances=tpu.hindrances),
-    "gpu": dispatch.Implementation(run=gpu.paged_decode, hindrances=gpu.hindrances),
-    dispatch.REFERENCE: dispatch.Implementation(run=reference.paged_decode),
+    "tpu": dispatch.Implementation(run=_on_tpu, hindrances=_not_on_tpu),
+    "gpu": dispatch.Implementation(run=_on_gpu, hindrances=_not_on_gpu),
+    dispatch.REFERENCE: dispatch.Implementation(run=_anywhere),
   }
 )
 
 
 def paged_decode(
   q: Float[Array, "B 1 H D"],
-  keys: Float[Array, "B K F P D"],
-  values: Float[Array, "B K F P D"],
+  pages: Pages,
   mask: Bool[Array, "B K F P"],
   *,
   implementation: str = dispatch.AUTO,
@@ -28,9 +54,9 @@ def paged_decode(
 
   Args:
     q: rotated, any float dtype; scaled by ``1/sqrt(D)`` here.
-    keys, values: of F pages of P tokens for every row and KV head, keys rotated.
-    mask: tokens that count; none at all is allowed.
+    pages: F pages of P tokens for every row and KV head, keys rotated, as
+      :func:`a2ats_jax.store.fetch` brings them.
+    mask: tokens that count; none at all is allowed. The others' keys and values must be finite.
     implementation: by name, or ``auto``.
   """
-  table = IMPLEMENTATIONS
-  return dispatch.call("paged_decode", table, implementation, q, keys, values, mask)
+  return dispatch.call("paged_decode", IMPLEMENTATIONS, implementation, q, pages, mask)

@@ -31,6 +31,11 @@ class _Mutation(enum.Enum):
   NO_RESCALE = "sums keep the scale of the peak before"
 
 
+def backend_hindrances(backend: str) -> list[str]:
+  """Why neither form of the kernel can run on this backend; empty where both can."""
+  return [] if backend == "tpu" else [f"it needs a TPU, and the backend is {backend}"]
+
+
 def hindrances(backend: str, q: Array, keys: Array, values: Array, mask: Array) -> list[str]:
   """Why :func:`paged_decode` cannot attend to these, a sentence each; empty where it can.
 
@@ -38,7 +43,7 @@ def hindrances(backend: str, q: Array, keys: Array, values: Array, mask: Array) 
     backend: by JAX's name.
     q, keys, values, mask: as in :func:`paged_decode`.
   """
-  reasons = [] if backend == "tpu" else [f"it needs a TPU, and the backend is {backend}"]
+  reasons = backend_hindrances(backend)
   if values.dtype != keys.dtype:
     reasons.append(f"keys and values must have one dtype, got {keys.dtype} and {values.dtype}")
   page, dim = keys.shape[3:]

@@ -1,0 +1,224 @@
+"""A cache that holds some of a row's tokens: what methods that evict keep.
+
+The slots of all layers lie side by side, so that layers may hold different numbers of tokens and
+every slot that a budget does not grant is memory that does not exist. A slot says which position it
+holds; which tokens deserve one is the method's business.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from a2ats_jax import attention
+from a2ats_jax.budget import Budget
+from a2ats_jax.methods.base import Geometry, PromptLayer, Stats
+from a2ats_jax.methods.dense import attend_masked, token_bytes
+from a2ats_jax.typing import Array, Bool, Float, Int
+
+
+@partial(
+  jax.tree_util.register_dataclass,
+  data_fields=["k", "v", "positions", "filled"],
+  meta_fields=["sizes"],
+)
+@dataclasses.dataclass(frozen=True)
+class KeptCache:
+  """Rotated keys, and values, of the tokens that were kept.
+
+  Attributes:
+    k, v: the slots of layer 0, then those of layer 1, and so on; where layers differ in size, the
+      last one is followed by room for the largest, so that every layer is read as one block.
+    positions: of the token in each slot; -1 where there is none.
+    filled: slots of each layer that hold a token: the first ones.
+    sizes: slots of every layer.
+  """
+
+  k: Float[Array, "B K pool D"]
+  v: Float[Array, "B K pool D"]
+  positions: Int[Array, "B K pool"]
+  filled: Int[Array, "L B K"]
+  sizes: tuple[int, ...]
+
+  def offset(self, layer: int | Array) -> Int[Array, ""]:
+    """Where a layer's slots begin."""
+    return jnp.asarray(np.cumsum((0, *self.sizes[:-1])), jnp.int32)[layer]
+
+  def size(self, layer: int | Array) -> Int[Array, ""]:
+    """Slots of a layer."""
+    return jnp.asarray(self.sizes, jnp.int32)[layer]
+
+
+@dataclasses.dataclass(frozen=True)
+class Kept:
+  """One layer of a cache, as wide as the largest; slots that are not this layer's are empty."""
+
+  k: Float[Array, "B K S D"]
+  v: Float[Array, "B K S D"]
+  positions: Int[Array, "B K S"]
+
+
+def empty(geometry: Geometry, sizes: Sequence[int]) -> KeptCache:
+  """A cache without tokens: ``2 B K pool D`` numbers and a position of 4 bytes a slot.
+
+  Args:
+    sizes: slots of every layer, each at least 1.
+  """
+  g, sizes = geometry, tuple(int(size) for size in sizes)
+  offsets = np.cumsum((0, *sizes[:-1]))
+  pool = int(offsets[-1]) + max(sizes)
+  none = jnp.zeros((g.batch, g.kv_heads, pool, g.head_dim), g.dtype)
+  return KeptCache(
+    none,
+    none,
+    jnp.full(none.shape[:3], -1, jnp.int32),
+    jnp.zeros((g.layers, g.batch, g.kv_heads), jnp.int32),
+    sizes,
+  )
+
+
+def granted(
+  budget: Budget, longest: int, layers: int, shares: Sequence[float] = ()
+) -> Int[np.ndarray, "L lengths"]:
+  """Tokens that a KV head of each layer may keep, at every context length 0 .. ``longest``.
+
+  Args:
+    shares: of each layer, relative to the mean; equal where there are none. A layer is never
+      granted more than the context.
+  """
+  tokens = budget.resolve(longest)[None].astype(np.float64)
+  table = tokens * np.asarray(shares or [1.0] * layers, np.float64)[:, None]
+  return np.minimum(np.rint(table), np.arange(longest + 1)).astype(np.int32)
+
+
+def best(
+  scores: Float[Array, "B K T"], count: Int[Array, "B"], eligible: Bool[Array, "B T"]
+) -> Bool[Array, "B K T"]:
+  """The ``count`` eligible tokens with the highest scores; ties go to the earlier token."""
+  masked = jnp.where(eligible[:, None], scores, -jnp.inf)
+  order = jnp.argsort(-masked, axis=-1, stable=True)
+  rank = jnp.argsort(order, axis=-1)
+  return (rank < count[:, None, None]) & eligible[:, None]
+
+
+def write_prompt(
+  cache: KeptCache, prompt: PromptLayer, kept: Bool[Array, "B K T"], layer: int | Array
+) -> KeptCache:
+  """Store a prompt's kept tokens in the first slots of a layer, by position.
+
+  Args:
+    kept: no more tokens of a KV head than the layer has slots; later ones are lost.
+  """
+  width = min(max(cache.sizes), kept.shape[2])
+  token = jnp.argsort(~kept, axis=-1, stable=True)[..., :width].astype(jnp.int32)
+  count = jnp.minimum(jnp.sum(kept, axis=-1, dtype=jnp.int32), cache.size(layer))
+  there = jnp.arange(width, dtype=jnp.int32)[None, None] < count[..., None]
+  at = cache.offset(layer)
+
+  def put(all_slots: Array, new: Array) -> Array:
+    """Places that hold nothing may be the next layer's, which is written after this one."""
+    start = (0, 0, at, 0)[: all_slots.ndim]
+    return jax.lax.dynamic_update_slice(all_slots, new.astype(all_slots.dtype), start)
+
+  def take(x: Array) -> Array:
+    x = jnp.take_along_axis(jnp.swapaxes(x, 1, 2), token[..., None], axis=2)
+    return jnp.where(there[..., None], x, 0)
+
+  return dataclasses.replace(
+    cache,
+    k=put(cache.k, take(prompt.rotated)),
+    v=put(cache.v, take(prompt.values)),
+    positions=put(cache.positions, jnp.where(there, token, -1)),
+    filled=jax.lax.dynamic_update_index_in_dim(cache.filled, count, layer, 0),
+  )
+
+
+def place(
+  cache: KeptCache,
+  k: Float[Array, "B S K D"],
+  v: Float[Array, "B S K D"],
+  slots: Int[Array, "B K S"],
+  positions: Int[Array, "B S"],
+  layer: int | Array,
+) -> KeptCache:
+  """Write tokens into slots of a layer, over what is there.
+
+  Args:
+    k: rotated.
+    slots: of the layer; -1 for a token that is not stored.
+  """
+  pool = cache.k.shape[2]
+  at = jnp.where(slots < 0, pool, cache.offset(layer) + slots)
+  rows = jnp.arange(k.shape[0], dtype=jnp.int32)[:, None, None]
+  heads = jnp.arange(k.shape[2], dtype=jnp.int32)[None, :, None]
+
+  def put(all_slots: Array, new: Array) -> Array:
+    return all_slots.at[rows, heads, at].set(new.astype(all_slots.dtype), mode="drop")
+
+  return dataclasses.replace(
+    cache,
+    k=put(cache.k, jnp.swapaxes(k, 1, 2)),
+    v=put(cache.v, jnp.swapaxes(v, 1, 2)),
+    positions=put(cache.positions, jnp.broadcast_to(positions[:, None], at.shape)),
+  )
+
+
+def append(
+  cache: KeptCache,
+  k: Float[Array, "B S K D"],
+  v: Float[Array, "B S K D"],
+  positions: Int[Array, "B S"],
+  layer: int | Array,
+) -> KeptCache:
+  """Write tokens into the next free slots; position -1 is not stored.
+
+  A layer without a free slot loses the token: methods size their layers so that it cannot be.
+  """
+  real = (positions >= 0).astype(jnp.int32)
+  filled = cache.filled[layer]
+  slots = filled[..., None] + (jnp.cumsum(real, axis=1) - 1)[:, None]
+  slots = jnp.where((real > 0)[:, None] & (slots < cache.size(layer)), slots, -1)
+  count = jnp.minimum(filled + jnp.sum(real, axis=1)[:, None], cache.size(layer))
+  cache = place(cache, k, v, slots, positions, layer)
+  filled = jax.lax.dynamic_update_index_in_dim(cache.filled, count, layer, 0)
+  return dataclasses.replace(cache, filled=filled)
+
+
+def read(cache: KeptCache, layer: int | Array) -> Kept:
+  """One layer."""
+  width, at = max(cache.sizes), cache.offset(layer)
+  k, v, positions = (
+    jax.lax.dynamic_slice_in_dim(x, at, width, axis=2) for x in (cache.k, cache.v, cache.positions)
+  )
+  mine = jnp.arange(width, dtype=jnp.int32) < cache.size(layer)
+  positions = jnp.where(mine[None, None], positions, -1)
+  return Kept(*jax.lax.optimization_barrier((k, v, positions)))
+
+
+def visible(kept: Kept, positions: Int[Array, "B S"]) -> Bool[Array, "B S K slots"]:
+  """Slots that each query may see: tokens up to its own. None for padding."""
+  held = kept.positions[:, None]
+  return (held >= 0) & (held <= positions[:, :, None, None])
+
+
+def attend(
+  q: Float[Array, "B S H D"], kept: Kept, positions: Int[Array, "B S"]
+) -> tuple[attention.Part, Stats]:
+  """Exact attention over the tokens that were kept, and the statistics of that.
+
+  Args:
+    q: rotated.
+  """
+  mask = visible(kept, positions)
+  read = jnp.sum(mask, axis=-1, dtype=jnp.int32)
+  stats = Stats(
+    length=positions + 1,
+    selected=read,
+    read=read,
+    tail=jnp.zeros(q.shape[:3]),
+    read_bytes=token_bytes(read, kept.k),
+  )
+  return attend_masked(q, kept.k, kept.v, mask), stats

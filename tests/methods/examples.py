@@ -1,0 +1,62 @@
+"""One example a registered method, for the suite that every method has to pass."""
+
+import dataclasses
+from collections.abc import Callable
+
+from a2ats_jax.methods.base import Geometry
+from tests import cases
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Example:
+  """How the shared suite tries a method.
+
+  Attributes:
+    options: as a command line writes them after the name, so small that prompts of 30 tokens and
+      a few dozen new ones cross every boundary of the method.
+    budget: for methods that take one.
+    exact: options under which, with budget 1, it equals full attention to ``tolerance``.
+    bytes: device and host bytes of the state of a geometry under ``options`` and ``budget``: the
+      arithmetic of the method's docstring, with no call into the method.
+  """
+
+  options: str = ""
+  budget: str = "0.25"
+  exact: str = ""
+  tolerance: float = cases.TOLERANCE
+  bytes: Callable[[Geometry], tuple[int, int]]
+
+
+def full_bytes(g: Geometry) -> tuple[int, int]:
+  return 2 * g.layers * g.batch * g.kv_heads * g.capacity * g.head_dim * 4, 0
+
+
+def a2ats_bytes(g: Geometry, cells: int, items: int, cuts: int) -> tuple[int, int]:
+  """Pages of 4, window 6 and 2 sinks: a ring of 12; 6 codewords. A number is 4 bytes.
+
+  Args:
+    cells: of a KV head. items: of them tokens after the prompt.
+    cuts: positions where segments start or end.
+  """
+  page, ring, sinks, words = 4, 12, 2, 6
+  prompt, new = -(-g.prompt // page) * page, -(-g.new // page) * page
+  heads = g.layers * g.batch * g.kv_heads
+  index = cells + 2 * (prompt + new) + 3 * prompt // page
+  near = 2 * (sinks + ring) * g.head_dim + ring
+  values = words * g.head_dim + words
+  device = heads * (index + near + items + values) + g.batch * (cuts + 1)
+  return 4 * device, 4 * heads * 2 * (prompt + new) * g.head_dim
+
+
+_A2ATS = "window=6:sinks=2:page=4"
+
+EXAMPLES: dict[str, Example] = {
+  "a2ats": Example(options=_A2ATS, exact=_A2ATS, bytes=lambda g: a2ats_bytes(g, 6, 0, 1)),
+  "a2ats-plus": Example(
+    options=f"far=segments(4,8):{_A2ATS}",
+    exact=f"far=segments(4,8):{_A2ATS}",
+    bytes=lambda g: a2ats_bytes(g, 24 + 64, 64, 5),
+  ),
+  "full": Example(bytes=full_bytes),
+  "oracle": Example(options="window=4:sinks=2", exact="window=4:sinks=2", bytes=full_bytes),
+}
