@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any, Literal
 
+from a2ats_jax import quantise
 from a2ats_jax.budget import Budget
 from a2ats_jax.codebook import MAX_CODEWORDS
 from a2ats_jax.errors import UserError
@@ -109,6 +110,7 @@ class Paged:
   stage: int = A2ATS.stage
   order: Order = A2ATS.order
   placement: Placement = A2ATS.placement
+  bits: int = A2ATS.bits
   union: float = 2.0
   spread: float = 2.0
 
@@ -214,7 +216,9 @@ def _cells(case: Case, m: Paged) -> int:
 
 def page_bytes(case: Case, m: Paged) -> int:
   """Bytes of a page: keys and values of P tokens of one KV head."""
-  return 2 * m.page * case.config.head_dim * case.cache_size
+  d = case.config.head_dim
+  group = 32 if d % 32 == 0 else d
+  return 2 * m.page * quantise.bytes_of(d, bits=m.bits, group=group, itemsize=case.cache_size)
 
 
 def pages(case: Case, m: Paged) -> int:

@@ -6,7 +6,7 @@ Data moves by whole pages: blocks are written, rows are gathered, nothing is sca
 
 Pages are floats, or on a TPU, which copies a page by a number it computes only as whole tiles of
 bytes, ``int8`` in the order of :class:`a2ats_jax.ops.tiles.PageFormat`. What is fetched is the same
-bit for bit.
+bit for bit. With fewer than 16 bits a store quantises what is written and moves that much less.
 """
 
 import dataclasses
@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from a2ats_jax import quantise
 from a2ats_jax.errors import UserError
 from a2ats_jax.ops.page_fetch import page_fetch
 from a2ats_jax.ops.page_write import page_write, page_zeros
@@ -29,24 +30,68 @@ from a2ats_jax.typing import Array, Float, Int, Shaped
 Placement = Literal["auto", "host", "device"]
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Quantised:
+  """How a store of packed integers keeps a key or a value: codes, then scales, then floors.
+
+  Attributes:
+    bits: of a number: 2, 4 or 8.
+    dim: D.
+    dtype: of the numbers that are written and fetched.
+  """
+
+  bits: int
+  dim: int
+  dtype: jnp.dtype
+
+  @property
+  def group(self) -> int:
+    """Channels of a token that share a scale and a floor: 32, or all where D is no multiple."""
+    return 32 if self.dim % 32 == 0 else self.dim
+
+  @property
+  def bytes(self) -> int:
+    """Of a key or a value."""
+    return quantise.bytes_of(self.dim, bits=self.bits, group=self.group, itemsize=0)
+
+  def pack(self, x: Float[Array, "*lead D"]) -> Shaped[Array, "*lead bytes"]:
+    """Numbers as ``uint8``."""
+    packed = quantise.encode(x, bits=self.bits, group=self.group)
+    floats = jnp.concatenate([packed.scale, packed.low], axis=-1)
+    raw = jax.lax.bitcast_convert_type(floats, jnp.uint8).reshape(*x.shape[:-1], -1)
+    return jnp.concatenate([packed.words, raw], axis=-1)
+
+  def unpack(self, raw: Shaped[Array, "*lead bytes"]) -> Float[Array, "*lead D"]:
+    """The numbers that packed ones stand for."""
+    words, floats = jnp.split(raw, [self.dim * self.bits // 8], axis=-1)
+    floats = jax.lax.bitcast_convert_type(floats.reshape(*floats.shape[:-1], -1, 2), jnp.float16)
+    scale, low = jnp.split(floats, 2, axis=-1)
+    return quantise.decode(quantise.Packed(words, scale, low, self.bits), self.dtype)
+
+
 @partial(
-  jax.tree_util.register_dataclass, data_fields=["pages"], meta_fields=["page", "host", "form"]
+  jax.tree_util.register_dataclass,
+  data_fields=["pages"],
+  meta_fields=["page", "host", "form", "quantised"],
 )
 @dataclasses.dataclass(frozen=True)
 class KVStore:
   """Pages of every layer, row and KV head.
 
   Attributes:
-    pages: ``2 P D`` numbers a page, P keys and then P values, or ``R 128`` bytes.
+    pages: ``2 P D`` numbers a page, P keys and then P values, or ``R 128`` bytes, or the bytes of
+      as many quantised keys and values.
     page: P, tokens a page.
     host: whether the pages lie in host memory.
-    form: what the bytes of a page are; none where pages are floats.
+    form: what the bytes of a page are on a TPU; none elsewhere.
+    quantised: how a key or a value is packed; none where it is kept as it is.
   """
 
   pages: Shaped[Array, "L B K N *page_numbers"]
   page: int
   host: bool
   form: PageFormat | None = None
+  quantised: Quantised | None = None
 
   @property
   def page_bytes(self) -> int:
@@ -81,6 +126,7 @@ def open_store(
   page: int,
   dtype: DTypeLike,
   placement: Placement = "auto",
+  bits: int = 16,
 ) -> KVStore:
   """An empty store.
 
@@ -88,15 +134,22 @@ def open_store(
     slots: tokens of each row and KV head, a multiple of ``page``.
     placement: ``auto`` is host memory where the backend has it, device memory with a warning
       elsewhere; the store says which in ``host``.
+    bits: of a stored number: 2, 4 or 8, or 16 for numbers as they are.
 
   Raises:
-    UserError: host memory was asked for and there is none, slots are no whole pages, or, on a TPU,
-      pages are no whole tiles.
+    UserError: host memory was asked for and there is none, slots are no whole pages, bits cannot be
+      packed, or, on a TPU, pages are no whole tiles or quantised.
   """
   backend = jax.default_backend()
   if slots % page:
     raise UserError(f"store: {slots} slots are not a whole number of pages of {page}")
-  form = page_format(page=page, dim=head_dim, dtype=dtype)
+  quantised = None
+  if bits != 16:
+    if backend == "tpu":
+      raise UserError(f"store: on a TPU pages cannot be quantised yet, got {bits} bits")
+    quantised = Quantised(bits=bits, dim=head_dim, dtype=jnp.dtype(dtype))
+    quantise.check(bits, quantised.group)
+  form = None if quantised else page_format(page=page, dim=head_dim, dtype=dtype)
   if placement == "host" and not host_memory():
     raise UserError(f"store: backend {backend!r} has no host memory kind")
   host = host_memory() if placement == "auto" else placement == "host"
@@ -107,25 +160,29 @@ def open_store(
   shape = (layers, batch, kv_heads, slots // page)
   if form:
     pages = page_zeros(math.prod(shape), form.rows, host).reshape(*shape, form.rows, LANES)
+  elif quantised:
+    pages = _to(jnp.zeros((*shape, 2 * page * quantised.bytes), jnp.uint8), host)
   else:
     pages = _to(jnp.zeros((*shape, 2 * page * head_dim), dtype), host)
-  return KVStore(pages, page, host, form)
+  return KVStore(pages, page, host, form, quantised)
 
 
 def _to(x: Array, host: bool) -> Array:
   return jax.device_put(x, jax.memory.Space.Host if host else jax.memory.Space.Device)
 
 
-def _cut(x: Float[Array, "B K T D"], page: int) -> Float[Array, "B K N P D"]:
+def _cut(x: Shaped[Array, "B K T D"], page: int) -> Shaped[Array, "B K N P D"]:
   b, kv_heads, t, d = x.shape
   return x.reshape(b, kv_heads, t // page, page, d)
 
 
 def _paged(
-  k: Float[Array, "B K T D"], v: Float[Array, "B K T D"], page: int
-) -> Float[Array, "B K N page_numbers"]:
-  both = jnp.stack([_cut(x, page) for x in (k, v)], axis=3)
-  return both.reshape(*both.shape[:3], -1)
+  store: KVStore, k: Float[Array, "B K T D"], v: Float[Array, "B K T D"]
+) -> Shaped[Array, "B K N page_numbers"]:
+  if store.quantised:
+    k, v = store.quantised.pack(k), store.quantised.pack(v)
+  both = jnp.stack([_cut(x, store.page) for x in (k, v)], axis=3)
+  return both.reshape(*both.shape[:3], -1).astype(store.pages.dtype)
 
 
 def _numbers(store: KVStore, ids: Int[Array, "B K F"], layer: int | Array) -> Int[Array, "B*K*F"]:
@@ -165,7 +222,7 @@ def write_prompt(
     ids = jnp.arange(t // store.page, dtype=jnp.int32)
     ids = jnp.broadcast_to(ids[None, None], (b, kv_heads, t // store.page))
     return _write_bytes(store, store.form, k, v, ids, layer)
-  block = _paged(k, v, store.page).astype(store.pages.dtype)[None]
+  block = _paged(store, k, v)[None]
   start = (layer, 0, 0, 0, 0)
   return dataclasses.replace(
     store, pages=jax.lax.dynamic_update_slice(store.pages, _to(block, store.host), start)
@@ -189,7 +246,7 @@ def write_page(
     ids = jnp.broadcast_to(page[:, None, None], (*k.shape[:2], 1))
     return _write_bytes(store, store.form, k, v, ids, layer)
   pages = store.pages
-  blocks = _paged(k, v, store.page).astype(pages.dtype)
+  blocks = _paged(store, k, v)
   for row in range(k.shape[0]):
     at = (layer, row, 0, jnp.maximum(page[row], 0), 0)
     old = _to(jax.lax.dynamic_slice(pages, at, (1, 1, *blocks.shape[1:])), False)
@@ -214,4 +271,7 @@ def fetch(store: KVStore, ids: Int[Array, "B K F"], *, layer: int | Array) -> Pa
   half = shape[0] // 2
   keys, values = page_fetch(store.pages.reshape(-1, 2, half), where)
   shape = (*ids.shape, store.page, half // store.page)
-  return FloatPages(keys.reshape(shape), values.reshape(shape))
+  keys, values = keys.reshape(shape), values.reshape(shape)
+  if store.quantised:
+    keys, values = store.quantised.unpack(keys), store.quantised.unpack(values)
+  return FloatPages(keys, values)

@@ -276,6 +276,7 @@ STATES = {
   "no sinks": {"sinks": 0, "page": 1, "window": 1},
   "span": {"far": FarPosition.segments(3, 10), "page": 8, "codewords": 5},
   "device": {"placement": "device", "far": SEGMENTS},
+  "4 bits": {"bits": 4, "far": SEGMENTS},
 }
 
 
@@ -331,6 +332,7 @@ COMPILED = {
   "many new": ({"far": SEGMENTS, "tail": "centroid"}, 1024, 1024),
   "fetch bound": ({"far": SEGMENTS, "tail": "centroid", "fetch": 64}, 2048, 64),
   "device": ({"placement": "device", "far": SEGMENTS}, 2048, 64),
+  "4 bits": ({"bits": 4, "far": SEGMENTS, "tail": "centroid"}, 2048, 64),
 }
 
 

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from a2ats_jax import quantise
 from a2ats_jax import store as paged
 from a2ats_jax.errors import UserError
 from a2ats_jax.ops.page_fetch import tpu
@@ -43,6 +44,39 @@ def test_fetch_gives_what_was_written(placement):
     np.testing.assert_array_equal(got_v[row, head].reshape(-1, 4), v[row, head, tokens])
   other = jax.jit(lambda s, i: paged.fetch(s, i, layer=2))(store, ids)
   assert not np.any(other[0])
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("placement", ["host", "device"])
+def test_a_quantised_store_gives_what_the_quantiser_gives(bits, placement):
+  """A prompt and a later page, groups of 32 channels, in as many bytes as the bits need."""
+  rng = np.random.default_rng(bits)
+  k, v = (jnp.asarray(rng.normal(size=(2, 2, 16, 64)), jnp.float32) for _ in range(2))
+  late = jnp.asarray(rng.normal(size=(2, 2, 4, 64)), jnp.float32)
+  ids = jnp.asarray([[[3, 4], [1, 4]], [[4, 3], [4, 2]]], jnp.int32)
+
+  @jax.jit
+  def made():
+    store = paged.open_store(slots=24, placement=placement, bits=bits, **SIZES | {"head_dim": 64})
+    store = paged.write_prompt(store, k, v, layer=1)
+    store = paged.write_page(store, late, -late, jnp.asarray([4, -1], jnp.int32), layer=1)
+    return store, paged.fetch(store, ids, layer=1)
+
+  def told(x: jax.Array) -> np.ndarray:
+    x = quantise.decode(quantise.encode(x, bits=bits, group=32))
+    return np.asarray(x).reshape(2, 2, -1, 4, 64)
+
+  store, got = made()
+  assert store.page_bytes == 2 * 4 * (64 * bits // 8 + 2 * 4)
+  assert store.pages.dtype == jnp.uint8
+  none = jnp.where(jnp.arange(2)[:, None, None, None] == 0, late, 0.0)  # row 1 wrote no page
+  for pages, prompt, page in ((got.keys, k, none), (got.values, v, -none)):
+    every = np.concatenate([told(prompt), told(page)], axis=2)
+    for row, head in np.ndindex(2, 2):
+      want = every[row, head, ids[row, head]]
+      np.testing.assert_allclose(pages[row, head], want, rtol=0, atol=1e-6)
+  with pytest.raises(UserError, match="bits: expected one of"):
+    paged.open_store(slots=24, bits=3, **SIZES)
 
 
 @pytest.mark.parametrize("placement", ["host", "device"])

@@ -22,7 +22,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from a2ats_jax import attention
+from a2ats_jax import attention, quantise
 from a2ats_jax import index as cells
 from a2ats_jax import store as paged
 from a2ats_jax.budget import Budget
@@ -114,6 +114,7 @@ class PagedState:
     "stage",
     "order",
     "placement",
+    "bits",
   ],
 )
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -130,6 +131,9 @@ class A2ATS:
       every row and KV head.
     order: of the prompt's tokens in pages; the output is the same.
     placement: of the pages.
+    bits: of a number in a page, 2, 4 or 8, so that fetching moves that much less; 16 keeps numbers
+      as they are. Sinks, ring and the tail's values are never quantised. Ours: the paper's cache is
+      not quantised.
   """
 
   codebook: Codebook
@@ -143,9 +147,12 @@ class A2ATS:
   stage: int = 16 << 20
   order: cells.Order = "cell"
   placement: paged.Placement = "auto"
+  bits: int = 16
 
   def __post_init__(self):
     selection.check_near(sinks=self.sinks, window=self.window)
+    if self.bits not in quantise.BITS:
+      raise UserError(f"a2ats: bits must be one of {quantise.BITS}, got {self.bits}")
     if self.tail not in ("none", "centroid"):
       raise UserError(f"a2ats: tail must be none or centroid, got {self.tail!r}")
     if self.page < 1 or self.fetch < 0 or self.stage < 1:
@@ -195,6 +202,7 @@ class A2ATS:
         page=self.page,
         dtype=g.dtype,
         placement=self.placement,
+        bits=self.bits,
       ),
       index=cells.empty(
         lead,
@@ -310,12 +318,15 @@ class A2ATS:
       tail = share / jnp.maximum(whole.total, jnp.finfo(jnp.float32).tiny)
       part = whole
     many = (selected + read[:, None])[:, None]
+    far = state.store.page_bytes // self.page  # of a far token's key and value
+    exact = read[:, None] * (2 * k.shape[3] * state.near.k.dtype.itemsize)
+    touched = (exact + selected * far).astype(jnp.float32)
     stats = PageStats(
       length=positions + 1,
       selected=selected[:, None],
       read=many,
       tail=tail,
-      read_bytes=dense.token_bytes(many, state.near.k) + self._index_bytes(state, pages)[:, None],
+      read_bytes=(touched + self._index_bytes(state, pages))[:, None],
       pages=pages[:, None],
       moved=moved[:, None],
       dropped=dropped[:, None],

@@ -19,6 +19,7 @@ from a2ats_jax.methods.a2ats_reference import A2ATSReference
 from a2ats_jax.methods.base import Method
 from a2ats_jax.methods.full import Full
 from a2ats_jax.methods.oracle import Oracle
+from a2ats_jax.methods.shadowkv import ShadowKV
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -144,6 +145,7 @@ PAGES: Mapping[str, Option] = MappingProxyType(
     "fetch": Option(default="0", read=read_count),
     "order": Option(default="cell", read=one_of("cell", "arrival")),
     "placement": Option(default="auto", read=one_of("auto", "host", "device")),
+    "bits": Option(default="16", read=read_count),
   }
 )
 
@@ -170,6 +172,18 @@ METHODS: Table = MappingProxyType(
       "A2ATS with far positions by segment and the tail estimated",
       far="segments(8)",
       tail="centroid",
+    ),
+    "shadowkv": Entry(
+      summary="low-rank keys on the device, values on the host, chunks by landmark",
+      build=ShadowKV,
+      options=MappingProxyType(
+        {
+          "rank": Option(default="160", read=read_count),
+          "chunk": Option(default="8", read=read_count),
+          "outliers": Option(default="48", read=read_count),
+          "local": Option(default="32", read=read_count),
+        }
+      ),
     ),
     "a2ats-reference": Entry(
       summary="the definition that both equal, slow, with the whole cache on the device",

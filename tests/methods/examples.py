@@ -48,6 +48,16 @@ def a2ats_bytes(g: Geometry, cells: int, items: int, cuts: int) -> tuple[int, in
   return 4 * device, 4 * heads * 2 * (prompt + new) * g.head_dim
 
 
+def shadowkv_bytes(g: Geometry) -> tuple[int, int]:
+  """Rank 6, chunks of 4, 2 outliers, 5 local tokens."""
+  p, rank, outliers, local = 4, 6, 2, 5
+  chunks, rows = -(-g.prompt // p), g.layers * g.batch
+  low = chunks * p * rank + rank * g.kv_heads * g.head_dim
+  exact = outliers * p + local + p - 1 + g.new
+  heads = g.kv_heads * (chunks * g.head_dim + 2 * exact * g.head_dim + outliers)
+  return 4 * (rows * (low + heads) + g.batch), 4 * rows * g.kv_heads * chunks * p * g.head_dim
+
+
 _A2ATS = "window=6:sinks=2:page=4"
 
 EXAMPLES: dict[str, Example] = {
@@ -58,5 +68,11 @@ EXAMPLES: dict[str, Example] = {
     bytes=lambda g: a2ats_bytes(g, 24 + 64, 64, 5),
   ),
   "full": Example(bytes=full_bytes),
+  "shadowkv": Example(
+    options="rank=6:chunk=4:outliers=2:local=5",
+    exact="rank=16:chunk=4:outliers=1:local=3",
+    tolerance=1e-4,
+    bytes=shadowkv_bytes,
+  ),
   "oracle": Example(options="window=4:sinks=2", exact="window=4:sinks=2", bytes=full_bytes),
 }

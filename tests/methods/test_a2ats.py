@@ -86,6 +86,26 @@ def test_sorting_by_cell_fetches_fewer_pages():
   assert pages["cell"] < pages["arrival"]
 
 
+def test_quantised_pages_choose_the_same_and_read_nearly_the_same():
+  """Fewer bits, fewer bytes moved, larger error; scores come from codewords and do not change."""
+  cache = cases.draw_cache(LONG, seed=8, lengths=[40, 31, 22])
+  exact = A2ATS(codebook=cache.book, page=4, **OPTIONS["published"])
+  errors, moved = [], []
+  for bits in (8, 4, 2):
+    packed = dataclasses.replace(exact, bits=bits)
+    worst, bytes_moved = 0.0, 0.0
+    for (_, out, stats, _), (_, want, wanted, _) in zip(
+      steps_of(packed, cache, 12), steps_of(exact, cache, 12), strict=True
+    ):
+      np.testing.assert_array_equal(stats.selected, wanted.selected)
+      worst = max(worst, float(np.abs(np.asarray(out) - np.asarray(want)).max()))
+      bytes_moved += float(stats.moved.sum())
+    errors.append(worst)
+    moved.append(bytes_moved)
+  assert 0 < errors[0] < 0.05 < errors[1] < errors[2]
+  assert moved[0] > moved[1] > moved[2]
+
+
 def test_the_fetch_bound_drops_and_says_so():
   """Never more pages than allowed; granted tokens are read or counted as dropped."""
   cache = cases.draw_cache(LONG, seed=5, lengths=[40, 31, 22])
