@@ -6,7 +6,7 @@ holds; which tokens deserve one is the method's business.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 
 import jax
@@ -17,13 +17,14 @@ from a2ats_jax import attention
 from a2ats_jax.budget import Budget
 from a2ats_jax.methods.base import Geometry, PromptLayer, Stats
 from a2ats_jax.methods.dense import attend_masked, token_bytes
-from a2ats_jax.typing import Array, Bool, Float, Int
+from a2ats_jax.rope import Rope, rotate
+from a2ats_jax.typing import Array, Bool, Float, Int, Shaped
 
 
 @partial(
   jax.tree_util.register_dataclass,
   data_fields=["k", "v", "positions", "filled"],
-  meta_fields=["sizes"],
+  meta_fields=["sizes", "capacity"],
 )
 @dataclasses.dataclass(frozen=True)
 class KeptCache:
@@ -35,6 +36,7 @@ class KeptCache:
     positions: of the token in each slot; -1 where there is none.
     filled: slots of each layer that hold a token: the first ones.
     sizes: slots of every layer.
+    capacity: no row ever has more tokens, kept or not.
   """
 
   k: Float[Array, "B K pool D"]
@@ -42,6 +44,7 @@ class KeptCache:
   positions: Int[Array, "B K pool"]
   filled: Int[Array, "L B K"]
   sizes: tuple[int, ...]
+  capacity: int
 
   def offset(self, layer: int | Array) -> Int[Array, ""]:
     """Where a layer's slots begin."""
@@ -61,7 +64,7 @@ class Kept:
   positions: Int[Array, "B K S"]
 
 
-def empty(geometry: Geometry, sizes: Sequence[int]) -> KeptCache:
+def empty(geometry: Geometry, sizes: Iterable[int]) -> KeptCache:
   """A cache without tokens: ``2 B K pool D`` numbers and a position of 4 bytes a slot.
 
   Args:
@@ -77,6 +80,7 @@ def empty(geometry: Geometry, sizes: Sequence[int]) -> KeptCache:
     jnp.full(none.shape[:3], -1, jnp.int32),
     jnp.zeros((g.layers, g.batch, g.kv_heads), jnp.int32),
     sizes,
+    g.capacity,
   )
 
 
@@ -222,3 +226,86 @@ def attend(
     read_bytes=token_bytes(read, kept.k),
   )
   return attend_masked(q, kept.k, kept.v, mask), stats
+
+
+def append_and_attend(
+  cache: KeptCache,
+  q: Float[Array, "B S H D"],
+  k: Float[Array, "B S K D"],
+  v: Float[Array, "B S K D"],
+  *,
+  positions: Int[Array, "B S"],
+  rope: Rope,
+  layer: int | Array,
+) -> tuple[Float[Array, "B S H D"], KeptCache, Stats]:
+  """A step of a method that evicts from the prompt alone: later tokens all stay.
+
+  Args:
+    q, k: before rotary embedding.
+  """
+  cache = append(cache, rotate(k, positions, rope), v, positions, layer)
+  part, stats = attend(rotate(q, positions, rope), read(cache, layer), positions)
+  return attention.finish(part).astype(q.dtype), cache, stats
+
+
+def slot_for(
+  kept: Kept,
+  size: Int[Array, ""],
+  allowed: Int[Array, "B"],
+  worth: Float[Array, "B K S"],
+  now: Int[Array, "B"],
+) -> Int[Array, "B K"]:
+  """Where a new token goes: a free slot while fewer tokens than allowed are held, else the slot of
+  the token of least worth, the earlier on ties; -1 for padding.
+
+  Args:
+    size: slots of the layer, at least what is allowed.
+    worth: of the tokens held; infinite for those that must not go.
+    now: position of the token, -1 for padding.
+  """
+  there = kept.positions >= 0
+  mine = jnp.arange(there.shape[2], dtype=jnp.int32)[None, None] < size
+  free = jnp.argmax(mine & ~there, axis=-1).astype(jnp.int32)
+  room = (jnp.sum(there, axis=-1) < allowed[:, None]) & jnp.any(mine & ~there, axis=-1)
+  least = jnp.where(there, worth, jnp.inf)
+  order = jnp.where(least == jnp.min(least, axis=-1, keepdims=True), kept.positions, 1 << 30)
+  victim = jnp.argmin(jnp.where(there, order, 1 << 30), axis=-1).astype(jnp.int32)
+  return jnp.where(now[:, None] < 0, -1, jnp.where(room, free, victim))
+
+
+def weights(
+  q: Float[Array, "B 1 H D"], kept: Kept, positions: Int[Array, "B 1"]
+) -> tuple[Float[Array, "B K G S"], Bool[Array, "B K S"]]:
+  """Attention weights of one query over the tokens it may see, and which these are.
+
+  Args:
+    q: rotated.
+  """
+  mask = visible(kept, positions)[:, 0]
+  b, kv_heads, slots = mask.shape
+  scores = attention.logits(q, kept.k)[:, 0].reshape(b, kv_heads, -1, slots)
+  scores = jnp.where(mask[:, :, None], scores, -jnp.inf)
+  peak = jnp.max(scores, axis=-1, keepdims=True)
+  weight = jnp.exp(scores - jnp.where(jnp.isfinite(peak), peak, 0.0))
+  total = jnp.maximum(jnp.sum(weight, axis=-1, keepdims=True), jnp.finfo(jnp.float32).tiny)
+  return weight / total, mask
+
+
+def beside(
+  pool: Shaped[Array, "B K pool *rest"], cache: KeptCache, layer: int | Array
+) -> Shaped[Array, "B K S *rest"]:
+  """A layer of what a method keeps beside the cache's slots, one of each slot."""
+  return jax.lax.dynamic_slice_in_dim(pool, cache.offset(layer), max(cache.sizes), axis=2)
+
+
+def put_beside(
+  pool: Shaped[Array, "B K pool *rest"],
+  one: Shaped[Array, "B K S *rest"],
+  cache: KeptCache,
+  layer: int | Array,
+) -> Shaped[Array, "B K pool *rest"]:
+  """The inverse of :func:`beside`; slots that are another layer's stay as they are."""
+  mine = jnp.arange(one.shape[2], dtype=jnp.int32) < cache.size(layer)
+  mine = jnp.expand_dims(mine, (0, 1, *range(3, one.ndim)))
+  one = jnp.where(mine, one, beside(pool, cache, layer))
+  return jax.lax.dynamic_update_slice_in_dim(pool, one, cache.offset(layer), axis=2)

@@ -17,9 +17,15 @@ from a2ats_jax.far import FarPosition
 from a2ats_jax.methods.a2ats import A2ATS
 from a2ats_jax.methods.a2ats_reference import A2ATSReference
 from a2ats_jax.methods.base import Method
+from a2ats_jax.methods.corm import CORM
 from a2ats_jax.methods.full import Full
+from a2ats_jax.methods.h2o import H2O
+from a2ats_jax.methods.l2norm import L2Norm
 from a2ats_jax.methods.oracle import Oracle
+from a2ats_jax.methods.prefixkv import PrefixKV, load_profile
 from a2ats_jax.methods.shadowkv import ShadowKV
+from a2ats_jax.methods.snapkv import SnapKV
+from a2ats_jax.methods.streaming import Streaming
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -159,6 +165,18 @@ def _a2ats(summary: str, *, far: str, tail: str) -> Entry:
   )
 
 
+def _entry(
+  summary: str, build: Callable[..., Method], *, takes_budget: bool = True, **options: Option
+) -> Entry:
+  return Entry(
+    summary=summary, build=build, takes_budget=takes_budget, options=MappingProxyType(options)
+  )
+
+
+def _count(default: int) -> Option:
+  return Option(default=str(default), read=read_count)
+
+
 METHODS: Table = MappingProxyType(
   {
     "full": Entry(summary="exact attention over every token", build=Full, takes_budget=False),
@@ -173,17 +191,36 @@ METHODS: Table = MappingProxyType(
       far="segments(8)",
       tail="centroid",
     ),
-    "shadowkv": Entry(
-      summary="low-rank keys on the device, values on the host, chunks by landmark",
-      build=ShadowKV,
-      options=MappingProxyType(
-        {
-          "rank": Option(default="160", read=read_count),
-          "chunk": Option(default="8", read=read_count),
-          "outliers": Option(default="48", read=read_count),
-          "local": Option(default="32", read=read_count),
-        }
-      ),
+    "streaming": _entry("the first tokens and the latest", Streaming, sinks=_count(4)),
+    "l2norm": _entry("of the prompt, the tokens with the smallest keys", L2Norm, skip=_count(2)),
+    "snapkv": _entry(
+      "of the prompt, the tokens that its last queries attend to",
+      SnapKV,
+      window=_count(32),
+      kernel=_count(7),
+      pool=Option(default="max", read=one_of("max", "mean")),
+      layers=Option(default="uniform", read=one_of("uniform", "pyramid")),
+    ),
+    "h2o": _entry("the tokens of most attention so far, and the latest", H2O),
+    "prefixkv": _entry(
+      "of each layer, the tokens that carry the same share of its attention",
+      PrefixKV,
+      profile=Option(default="uniform", read=load_profile),
+      start=_count(1),
+    ),
+    "corm": _entry(
+      "tokens that one of the last queries found important, and the latest",
+      CORM,
+      window=_count(256),
+      recent=_count(256),
+    ),
+    "shadowkv": _entry(
+      "low-rank keys on the device, values on the host, chunks by landmark",
+      ShadowKV,
+      rank=_count(160),
+      chunk=_count(8),
+      outliers=_count(48),
+      local=_count(32),
     ),
     "a2ats-reference": Entry(
       summary="the definition that both equal, slow, with the whole cache on the device",

@@ -58,6 +58,17 @@ def shadowkv_bytes(g: Geometry) -> tuple[int, int]:
   return 4 * (rows * (low + heads) + g.batch), 4 * rows * g.kv_heads * chunks * p * g.head_dim
 
 
+def kept_bytes(g: Geometry, sizes: list[int], beside: int = 0) -> tuple[int, int]:
+  """Slots of all layers, with a position each and ``beside`` bytes of the method's."""
+  pool = sum(sizes[:-1]) + max(sizes)
+  rows = g.batch * g.kv_heads
+  return rows * (pool * (2 * g.head_dim * 4 + 4 + beside) + g.layers * 4), 0
+
+
+def quarter(tokens: int) -> int:
+  return tokens // 4
+
+
 _A2ATS = "window=6:sinks=2:page=4"
 
 EXAMPLES: dict[str, Example] = {
@@ -68,6 +79,24 @@ EXAMPLES: dict[str, Example] = {
     bytes=lambda g: a2ats_bytes(g, 24 + 64, 64, 5),
   ),
   "full": Example(bytes=full_bytes),
+  "streaming": Example(
+    options="sinks=2", bytes=lambda g: kept_bytes(g, [quarter(g.capacity)] * g.layers)
+  ),
+  "l2norm": Example(
+    options="skip=1",
+    bytes=lambda g: kept_bytes(g, [g.capacity] + [quarter(g.prompt) + g.new] * (g.layers - 1)),
+  ),
+  "snapkv": Example(
+    options="window=5:kernel=3",
+    bytes=lambda g: kept_bytes(g, [quarter(g.prompt) + g.new] * g.layers),
+  ),
+  "h2o": Example(bytes=lambda g: kept_bytes(g, [quarter(g.capacity)] * g.layers, 4)),
+  "prefixkv": Example(bytes=lambda g: kept_bytes(g, [quarter(g.capacity)] * g.layers)),
+  "corm": Example(
+    options="window=8:recent=6",
+    exact="window=8:recent=200",
+    bytes=lambda g: kept_bytes(g, [quarter(g.capacity)] * g.layers, 1),
+  ),
   "shadowkv": Example(
     options="rank=6:chunk=4:outliers=2:local=5",
     exact="rank=16:chunk=4:outliers=1:local=3",
