@@ -32,7 +32,7 @@ from a2ats_jax.far import FarPosition
 from a2ats_jax.methods import dense, selection
 from a2ats_jax.methods.a2ats_reference import A2ATSReference
 from a2ats_jax.methods.base import Geometry, PromptLayer, Stats, token_by_token
-from a2ats_jax.ops.paged_decode import paged_decode
+from a2ats_jax.methods.paging import attend_pages
 from a2ats_jax.rope import Rope, rotate
 from a2ats_jax.typing import Array, Float, Int
 
@@ -523,24 +523,11 @@ class A2ATS:
     """Attention over the chosen tokens of sealed pages, and bytes moved."""
     b, kv_heads, total = ids.shape
     stage = self.stage_pages(state.capacity, total, b * kv_heads * state.store.page_bytes)
-    ids = jnp.pad(ids, ((0, 0), (0, 0), (0, -total % stage)))
-    stages = (jnp.max(count) + stage - 1) // stage
 
-    def step(done: Array, part: attention.Part) -> attention.Part:
-      here = jax.lax.dynamic_slice_in_dim(ids, done * stage, stage, axis=2)
-      place = done * stage + jnp.arange(stage, dtype=jnp.int32)
-      used = place[None, None] < count[..., None]
-      pages = paged.fetch(state.store, here, layer=layer)
-      chosen = cells.selected(*cells.look(state.index, here, layer=layer), taken)
-      new = paged_decode(q, pages, chosen & used[..., None])
-      return attention.merge([part, new])
+    def chosen(pages: Array) -> Array:
+      return cells.selected(*cells.look(state.index, pages, layer=layer), taken)
 
-    nothing = attention.Part(
-      jnp.zeros(q.shape, jnp.float32), jnp.full(q.shape[:3], -jnp.inf), jnp.zeros(q.shape[:3])
-    )
-    part = jax.lax.fori_loop(0, stages, step, nothing)
-    moved = (stages * (stage * state.store.page_bytes)).astype(jnp.float32)
-    return part, jnp.broadcast_to(moved, count.shape)
+    return attend_pages(state.store, q, ids, count, chosen, stage=stage, layer=layer)
 
   def _index_bytes(self, state: PagedState, pages: Int[Array, "B K"]) -> Float[Array, "B K"]:
     """Bytes read to choose tokens and to estimate the others.

@@ -17,15 +17,20 @@ from a2ats_jax.far import FarPosition
 from a2ats_jax.methods.a2ats import A2ATS
 from a2ats_jax.methods.a2ats_reference import A2ATSReference
 from a2ats_jax.methods.base import Method
+from a2ats_jax.methods.clusterkv import ClusterKV
 from a2ats_jax.methods.corm import CORM
 from a2ats_jax.methods.full import Full
 from a2ats_jax.methods.h2o import H2O
+from a2ats_jax.methods.kivi import KIVI
 from a2ats_jax.methods.l2norm import L2Norm
 from a2ats_jax.methods.oracle import Oracle
 from a2ats_jax.methods.prefixkv import PrefixKV, load_profile
+from a2ats_jax.methods.qpruning import QPruningKV
+from a2ats_jax.methods.quest import Quest
 from a2ats_jax.methods.shadowkv import ShadowKV
 from a2ats_jax.methods.snapkv import SnapKV
 from a2ats_jax.methods.streaming import Streaming
+from a2ats_jax.methods.think import ThinK
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -92,6 +97,13 @@ def read_count(text: str) -> int:
   if not re.fullmatch(r"[0-9]{1,9}", text):
     raise UserError(f"expected a whole number, got {text!r}")
   return int(text)
+
+
+def read_share(text: str) -> float:
+  """A number from 0 on and below 1."""
+  if not re.fullmatch(r"0|0?\.[0-9]{1,9}", text):
+    raise UserError(f"expected a share from 0 to below 1, got {text!r}")
+  return float(text)
 
 
 def one_of(*names: str) -> Callable[[str], str]:
@@ -213,6 +225,40 @@ METHODS: Table = MappingProxyType(
       CORM,
       window=_count(256),
       recent=_count(256),
+    ),
+    "think": _entry(
+      "keys without the channels that say least",
+      ThinK,
+      takes_budget=False,
+      prune=Option(default="0.4", read=read_share),
+      window=_count(32),
+    ),
+    "kivi": _entry(
+      "every token in packed integers, keys by channel and values by token",
+      KIVI,
+      takes_budget=False,
+      bits=_count(4),
+      group=_count(32),
+      residual=_count(128),
+    ),
+    "qpruningkv": _entry(
+      "of the prompt, more tokens in fewer bits",
+      QPruningKV,
+      bits=_count(4),
+      group=_count(64),
+      by_channel=Option(default="values", read=one_of("values", "keys")),
+      window=_count(8),
+      kernel=_count(7),
+    ),
+    "quest": _entry("pages whose keys could score highest", Quest, page=_count(16)),
+    "clusterkv": _entry(
+      "clusters of keys, made for each prompt, whose centroids score highest",
+      ClusterKV,
+      clusters=_count(0),
+      sinks=_count(16),
+      every=_count(320),
+      fresh=_count(8),
+      page=_count(16),
     ),
     "shadowkv": _entry(
       "low-rank keys on the device, values on the host, chunks by landmark",

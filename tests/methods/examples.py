@@ -69,6 +69,48 @@ def quarter(tokens: int) -> int:
   return tokens // 4
 
 
+def think_bytes(g: Geometry) -> tuple[int, int]:
+  """3 of 8 channels dropped, window 6."""
+  heads, stay = g.layers * g.batch * g.kv_heads, 5
+  numbers = g.prompt * stay + stay + (6 + g.new) * g.head_dim + g.capacity * g.head_dim
+  return 4 * (heads * numbers + g.batch), 0
+
+
+def packed(n: int, bits: int, group: int) -> int:
+  """Bytes of n numbers, with 2 of float16 a group."""
+  return n * bits // 8 + n // group * 4
+
+
+def kivi_bytes(g: Geometry) -> tuple[int, int]:
+  """4 bits, groups of 4, residual 8."""
+  slots = -(-g.capacity // 8) * 8
+  quantised = packed(slots * g.head_dim, 4, 4) + packed(g.capacity * g.head_dim, 4, 4)
+  return g.layers * g.batch * g.kv_heads * (quantised + 2 * 8 * g.head_dim * 4), 0
+
+
+def qpruning_bytes(g: Geometry) -> tuple[int, int]:
+  """4 bits, groups of 8: four times the tokens of a quarter is the prompt."""
+  kept = -(-g.prompt // 8) * 8
+  a_head = 2 * packed(kept * g.head_dim, 4, 8) + 4 * kept + 2 * g.new * g.head_dim * 4
+  return g.layers * g.batch * g.kv_heads * a_head + 4 * g.batch, 0
+
+
+def quest_bytes(g: Geometry) -> tuple[int, int]:
+  """Pages of 4."""
+  pages = -(-g.capacity // 4)
+  return 4 * g.layers * g.batch * g.kv_heads * (2 * 4 + 2) * pages * g.head_dim, 0
+
+
+def clusterkv_bytes(g: Geometry) -> tuple[int, int]:
+  """5 clusters, 2 sinks, 8 later tokens to 2 clusters, pages of 4."""
+  prompt, groups = -(-g.prompt // 4) * 4, g.new // 8
+  slots, clusters = prompt + 8 * groups, 5 + 2 * groups
+  index = clusters + 2 * slots + 3 * prompt // 4
+  a_head = index + clusters * g.head_dim + 2 * (2 + 8) * g.head_dim
+  heads = g.layers * g.batch * g.kv_heads
+  return 4 * (heads * a_head + g.batch), 4 * heads * 2 * slots * g.head_dim
+
+
 _A2ATS = "window=6:sinks=2:page=4"
 
 EXAMPLES: dict[str, Example] = {
@@ -96,6 +138,21 @@ EXAMPLES: dict[str, Example] = {
     options="window=8:recent=6",
     exact="window=8:recent=200",
     bytes=lambda g: kept_bytes(g, [quarter(g.capacity)] * g.layers, 1),
+  ),
+  "think": Example(options="prune=0.4:window=6", exact="prune=0:window=6", bytes=think_bytes),
+  "kivi": Example(
+    options="bits=4:group=4:residual=8", exact="bits=16:group=4:residual=8", bytes=kivi_bytes
+  ),
+  "qpruningkv": Example(
+    options="bits=4:group=8:window=5:kernel=3",
+    exact="bits=16:group=8:window=5:kernel=3",
+    bytes=qpruning_bytes,
+  ),
+  "quest": Example(options="page=4", exact="page=4", bytes=quest_bytes),
+  "clusterkv": Example(
+    options="clusters=5:sinks=2:every=8:fresh=2:page=4",
+    exact="clusters=5:sinks=2:every=8:fresh=2:page=4",
+    bytes=clusterkv_bytes,
   ),
   "shadowkv": Example(
     options="rank=6:chunk=4:outliers=2:local=5",

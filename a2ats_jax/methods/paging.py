@@ -1,0 +1,50 @@
+"""Attention over chosen tokens of a store's pages, fetched a stage at a time."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from a2ats_jax import attention
+from a2ats_jax import store as paged
+from a2ats_jax.ops.paged_decode import paged_decode
+from a2ats_jax.typing import Array, Bool, Float, Int
+
+
+def attend_pages(
+  store: paged.KVStore,
+  q: Float[Array, "B 1 H D"],
+  ids: Int[Array, "B K N"],
+  count: Int[Array, "B K"],
+  chosen: Callable[[Int[Array, "B K F"]], Bool[Array, "B K F P"]],
+  *,
+  stage: int,
+  layer: int | Array,
+) -> tuple[attention.Part, Float[Array, "B K"]]:
+  """One query's attention over the chosen tokens of the first ``count`` pages, and bytes moved.
+
+  As many stages as the KV head with the most pages needs; the buffer holds one.
+
+  Args:
+    q: rotated.
+    ids: page numbers; places from ``count`` on hold any page.
+    chosen: which tokens of some pages to attend to.
+    stage: F, pages fetched at once.
+  """
+  ids = jnp.pad(ids, ((0, 0), (0, 0), (0, -ids.shape[2] % stage)))
+  stages = (jnp.max(count) + stage - 1) // stage
+
+  def step(done: Array, part: attention.Part) -> attention.Part:
+    here = jax.lax.dynamic_slice_in_dim(ids, done * stage, stage, axis=2)
+    place = done * stage + jnp.arange(stage, dtype=jnp.int32)
+    used = place[None, None] < count[..., None]
+    pages = paged.fetch(store, here, layer=layer)
+    new = paged_decode(q, pages, chosen(here) & used[..., None])
+    return attention.merge([part, new])
+
+  nothing = attention.Part(
+    jnp.zeros(q.shape, jnp.float32), jnp.full(q.shape[:3], -jnp.inf), jnp.zeros(q.shape[:3])
+  )
+  part = jax.lax.fori_loop(0, stages, step, nothing)
+  moved = (stages * (stage * store.page_bytes)).astype(jnp.float32)
+  return part, jnp.broadcast_to(moved, count.shape)
