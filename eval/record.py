@@ -91,19 +91,16 @@ class Recorder:
 
   def absorb(self, state: Recorded, prompt: PromptLayer, *, layer: int | Array) -> Recorded:
 
-    def put(all_layers: Array | None, one: Array | None) -> Array | None:
-      if all_layers is None or one is None:
-        return None
+    def put(all_layers: Array, one: Array) -> Array:
       return jax.lax.dynamic_update_index_in_dim(all_layers, one.astype(all_layers.dtype), layer, 0)
 
-    return dataclasses.replace(
-      state,
-      keys=put(state.keys, prompt.keys),
-      values=put(state.values, prompt.values),
-      lengths=prompt.lengths,
-      queries=put(state.queries, prompt.queries),
-      sums=put(state.sums, prompt.sums),
-    )
+    queries, sums = state.queries, state.sums
+    if queries is not None and prompt.queries is not None:
+      queries = put(queries, prompt.queries)
+    if sums is not None and prompt.sums is not None:
+      sums = put(sums, prompt.sums)
+    keys, values = put(state.keys, prompt.keys), put(state.values, prompt.values)
+    return Recorded(keys, values, prompt.lengths, queries, sums)
 
   def attend(
     self,

@@ -190,8 +190,8 @@ class KIVI:
     read = jnp.broadcast_to((positions + 1)[..., None], (b, 1, kv_heads))
     item = k.dtype.itemsize
     size = partial(quantise.bytes_of, bits=self.bits, group=self.group, itemsize=item)
-    quantised = jnp.sum(far, axis=-1)[..., None], jnp.maximum(now + 1 - r, 0)[:, None, None]
-    several = sum(n * size(d) + (read - n) * (d * item) for n in quantised)
+    coded = jnp.sum(far, axis=-1)[..., None] + jnp.maximum(now + 1 - r, 0)[:, None, None]
+    several = coded * size(d) + (2 * read - coded) * (d * item)
     stats = Stats(positions + 1, read, read, jnp.zeros(q.shape[:3]), several.astype(jnp.float32))
     return out, KIVIState(keys, values, recent), stats
 

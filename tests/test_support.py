@@ -1,0 +1,40 @@
+"""The support matrix in the README is what the record says."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+
+def _support():
+  spec = importlib.util.spec_from_file_location("support", ROOT / "docs" / "support.py")
+  assert spec is not None
+  assert spec.loader is not None
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  return module
+
+
+def test_the_readme_shows_the_record():
+  support = _support()
+  lines = [json.loads(line) for line in (ROOT / "docs" / "support.jsonl").read_text().splitlines()]
+  readme = (ROOT / "README.md").read_text()
+  assert support.filled(readme, lines) == readme
+  assert support.filled(readme, lines[1:]) != readme
+
+
+def test_an_op_with_a_program_that_went_wrong_is_not_compiled():
+  support = _support()
+  rows = [
+    {"program": "page_fetch from host", "chip": "v5e:1x1"},
+    {"program": "page_fetch, 65536 pages", "chip": "v5e:1x1", "problem": "no call"},
+    {"program": "paged_decode", "chip": "v5e:1x1"},
+    {"program": "control: half a tile a page", "chip": "v5e:1x1", "refused": "as it should be"},
+    {"case": "decode_step-bfloat16-H32-D128"},
+  ]
+  got = support.compiled(rows, date="2026-01-01", versions="jax 1")
+  assert {(line["op"], line["device"], line["programs"]) for line in got} == {
+    ("paged_decode", "TPU v5e", 1),
+    ("decode step", "H100", 1),
+  }
