@@ -1,0 +1,117 @@
+"""What Quest and ClusterKV read, against brute force over all keys in float64."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from a2ats_jax.budget import Budget
+from a2ats_jax.methods.clusterkv import ClusterKV
+from a2ats_jax.methods.quest import Quest
+from tests import cases
+
+SHAPE = dataclasses.replace(cases.PAIRS, new=12)
+QUEST = Quest(budget=Budget(tokens=9), page=4)
+CLUSTER = ClusterKV(
+  budget=Budget(tokens=11), clusters=4, sinks=2, every=100, fresh=2, page=4, placement="device"
+)
+
+
+def turned(x: np.ndarray, rope, first: int = 0) -> np.ndarray:
+  """``[T, heads, D]`` rotated by position, float64."""
+  position = first + np.arange(len(x))[:, None, None]
+  angle = position * np.asarray(rope.inv_freq, np.float64)
+  cos, sin = np.cos(angle) * float(rope.scale), np.sin(angle) * float(rope.scale)
+  a, b = np.split(x.astype(np.float64), 2, axis=-1)
+  return np.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
+
+
+def quest_reads(method, cache, keys, q, row) -> list[set[int]]:
+  """Tokens that each query head reads: its best pages by the corner of their box, and the last."""
+  p, now, out = method.page, len(keys) - 1, []
+  for h, query in enumerate(q):
+    of = keys[:, h // 2]
+    pages = [of[start : start + p] for start in range(0, now // p * p, p)]
+    bounds = [np.maximum(query * x.min(axis=0), query * x.max(axis=0)).sum() for x in pages]
+    best = np.argsort(-np.array(bounds), kind="stable")[: method.budget.tokens // p]
+    last = range(now // p * p, now + 1)
+    out.append({int(c) * p + i for c in best for i in range(p)} | set(last))
+  return out
+
+
+def clusters_of(method, keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+  """Centroids and labels after 20 rounds from evenly spaced keys."""
+  n, c = len(keys), method.clusters
+  centroids = keys[np.arange(c) * n // c].copy()
+
+  def labels() -> np.ndarray:
+    size = np.maximum(np.linalg.norm(centroids, axis=1, keepdims=True), 1e-30)
+    return np.argmax(keys @ (centroids / size).T, axis=1)
+
+  for _ in range(20):
+    label = labels()
+    for j in range(c):
+      if np.any(label == j):
+        centroids[j] = keys[label == j].mean(axis=0)
+  return centroids, labels()
+
+
+def cluster_reads(method, cache, keys, q, row) -> list[set[int]]:
+  """Tokens that each query head reads: its best clusters until the budget is full, sinks, later."""
+  length, out = int(cache.lengths[row]), []
+  always = set(range(min(method.sinks, length))) | set(range(length, len(keys)))
+  for h, query in enumerate(q):
+    of = keys[method.sinks : length, h // 2]
+    chosen: list[int] = []
+    if len(of):
+      centroids, label = clusters_of(method, of)
+      for j in np.argsort(-(centroids @ query), kind="stable"):
+        chosen += (method.sinks + np.flatnonzero(label == j)).tolist()
+    out.append(always | set(chosen[: method.budget.tokens - method.sinks]))
+  return out
+
+
+def compare(method, right, reads, cache, *, shared: bool) -> None:
+  for layer, positions, out, _, stats, _ in cases.run_steps(method, cache, 10):
+    for row, now in enumerate(positions[:, 0].tolist()):
+      keys = turned(cache.k[layer, row, : now + 1], cache.rope)
+      q = turned(cache.q[layer, row, now][None], cache.rope, now)[0]
+      values = cache.v[layer, row, : now + 1].astype(np.float64)
+      own = reads(right, cache, keys, q, row)
+      unions = [own[2 * g] | own[2 * g + 1] for g in range(2)]
+      assert stats.read[row, 0].tolist() == [len(union) for union in unions]
+      for h, query in enumerate(q):
+        tokens = sorted(unions[h // 2] if shared else own[h])
+        logit = keys[tokens, h // 2] @ query * len(query) ** -0.5
+        weight = np.exp(logit - logit.max())
+        want = weight @ values[tokens, h // 2] / weight.sum()
+        np.testing.assert_allclose(out[row, 0, h], want, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_quest_reads_the_best_pages(seed):
+  cache = cases.draw_cache(SHAPE, seed=seed, lengths=[40, 17, 3], rope="yarn")
+  compare(QUEST, QUEST, quest_reads, cache, shared=False)
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_clusterkv_reads_the_best_clusters(seed):
+  cache = cases.draw_cache(SHAPE, seed=seed, lengths=[40, 23, 1], rope="yarn")
+  compare(CLUSTER, CLUSTER, cluster_reads, cache, shared=True)
+
+
+@pytest.mark.parametrize(
+  ("method", "reads", "shared", "wrong"),
+  [
+    (QUEST, quest_reads, False, {"page": 5}),
+    (QUEST, quest_reads, False, {"budget": Budget(tokens=12)}),
+    (CLUSTER, cluster_reads, True, {"budget": Budget(tokens=12)}),
+    (CLUSTER, cluster_reads, True, {"clusters": 3}),
+    (CLUSTER, cluster_reads, True, {"sinks": 3}),
+  ],
+  ids=str,
+)
+def test_wrong_options_are_caught(method, reads, shared, wrong):
+  cache = cases.draw_cache(SHAPE, seed=0, lengths=[40, 35, 31])
+  with pytest.raises(AssertionError):
+    compare(dataclasses.replace(method, **wrong), method, reads, cache, shared=shared)
