@@ -34,7 +34,8 @@ class KeptCache:
     k, v: the slots of layer 0, then those of layer 1, and so on; where layers differ in size, the
       last one is followed by room for the largest, so that every layer is read as one block.
     positions: of the token in each slot; -1 where there is none.
-    filled: slots of each layer that hold a token: the first ones.
+    filled: slots of each layer that the prompt and :func:`append` have filled, the first ones.
+      Methods that overwrite slots (:func:`slot_for`) go by positions alone.
     sizes: slots of every layer.
     capacity: no row ever has more tokens, kept or not.
   """
@@ -112,6 +113,8 @@ def write_prompt(
   cache: KeptCache, prompt: PromptLayer, kept: Bool[Array, "B K T"], layer: int | Array
 ) -> KeptCache:
   """Store a prompt's kept tokens in the first slots of a layer, by position.
+
+  Layers come in ascending order: where they differ in size, one clears what follows its own slots.
 
   Args:
     kept: no more tokens of a KV head than the layer has slots; later ones are lost.

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from a2ats_jax.budget import Budget
+from a2ats_jax.errors import UserError
 from a2ats_jax.methods import kept
 from a2ats_jax.methods.base import Geometry, PromptLayer, Stats
 from a2ats_jax.rope import Rope
@@ -23,7 +24,9 @@ class L2Norm:
   change under rotary embedding. Later tokens all stay. Needs nothing of prefill but keys.
 
   Device bytes per token kept and layer: ``2 K D`` numbers and ``4 K`` for positions; nothing on the
-  host. Slots: what the budget grants at the longest prompt, and one for every later token.
+  host. Slots: what the budget grants at the longest prompt, and one for every later token. A step
+  reads every layer as one block as wide as the widest, so layers that keep everything (``skip``)
+  cost the others time, though not memory.
 
   Ours: the budget rounds down, where the paper's code rounds up; no minimum length before anything
   is evicted; evicted once, after the prompt (the paper's language-model runs evict again and
@@ -36,6 +39,10 @@ class L2Norm:
 
   budget: Budget
   skip: int = 2
+
+  def __post_init__(self):
+    if self.skip < 0:
+      raise UserError(f"l2norm: skip must be 0 layers or more, got {self.skip}")
 
   @property
   def name(self) -> str:

@@ -84,8 +84,11 @@ def load_profile(text: str) -> Curves:
     table = np.asarray(read, np.float64)
   except (OSError, ValueError, KeyError, TypeError) as error:
     raise UserError(f"profile: expected uniform or a profile's JSON file, got {text!r}") from error
-  if table.ndim != 2 or table.shape[1] != POINTS + 1 or np.any(np.diff(table) < 0):
-    raise UserError(f"profile: {text}: expected rising curves of {POINTS + 1} points, one a layer")
+  rising = table.ndim == 2 and table.shape[1] == POINTS + 1 and np.all(np.diff(table) >= 0)
+  if not rising or np.any(table[:, 0] != 0) or not np.allclose(table[:, -1], 1):
+    raise UserError(
+      f"profile: {text}: expected curves of {POINTS + 1} points from 0 to 1, one a layer"
+    )
   return tuple(tuple(row) for row in table.tolist())
 
 
@@ -175,7 +178,7 @@ class PrefixKV:
     def step(state: kept.KeptCache, q: Array, k: Array, v: Array, positions: Array):
       now, held = positions[:, 0], kept.read(state, layer)
       allowed = table[layer, now + 1]
-      worth = jnp.where(_goes(held), 0.0, jnp.inf)
+      worth = jnp.where(_goes(held, self.start), 0.0, jnp.inf)
       slot = kept.slot_for(held, state.size(layer), allowed, worth, now)
       k = rotate(k, positions, rope)
       state = kept.place(state, k, v, slot[..., None], positions, layer)
@@ -185,10 +188,12 @@ class PrefixKV:
     return token_by_token(step, state, q, k, v, positions)
 
 
-def _goes(held: kept.Kept) -> Array:
-  """The slot of the token that makes room: with the new one, 25 from the end, or the middle one."""
+def _goes(held: kept.Kept, start: int) -> Array:
+  """The slot of the token that makes room: with the new one, 25 from the end, or the middle one of
+  a shorter cache; never one of the first ``start``."""
   there = held.positions >= 0
   count = jnp.sum(there, axis=-1, keepdims=True) + 1  # with the new one, which comes last
   order = jnp.argsort(jnp.where(there, held.positions, 1 << 30), axis=-1)
   place = jnp.argsort(order, axis=-1)
-  return there & (place == jnp.where(count > _BACK, count - _BACK, count // 2))
+  goes = jnp.where(count > _BACK, count - _BACK, count // 2)
+  return there & (place == jnp.maximum(goes, start))

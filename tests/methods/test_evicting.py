@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from a2ats_jax.budget import Budget
+from a2ats_jax.errors import UserError
 from a2ats_jax.methods import kept
 from a2ats_jax.methods.corm import CORM
 from a2ats_jax.methods.h2o import H2O
@@ -138,7 +139,7 @@ def prefixkv(method, row: Row, steps: int):
     held = sorted(held)
     if len(held) >= allowed(now + 1):
       count = len(held) + 1
-      del held[count - 25 if count > 25 else count // 2]
+      del held[max(count - 25 if count > 25 else count // 2, method.start)]
     held.append(now)
     yield set(held)
 
@@ -148,6 +149,11 @@ METHODS = {
   "h2o": (H2O(budget=BUDGET), h2o, {"budget": Budget(ratio=0.25)}),
   "corm": (CORM(budget=BUDGET, window=8, recent=5), corm, {"window": 16}),
   "prefixkv": (PrefixKV(budget=BUDGET, start=1), prefixkv, {"start": 2}),
+  "prefixkv, four first": (
+    PrefixKV(budget=Budget(ratio=0.34), start=4),
+    prefixkv,
+    {"start": 1},
+  ),
   "prefixkv, many": (
     PrefixKV(budget=Budget(ratio=0.6)),
     prefixkv,
@@ -241,6 +247,10 @@ def test_a_profile_gives_layers_what_they_need(tmp_path):
   assert shares[0] < 0.3 < shares[1]
   save_profile(tmp_path / "p.json", curves)
   assert load_profile(str(tmp_path / "p.json")) == curves
+  for wrong in ("{}", '{"curves": [[NaN, 1]]}', '{"curves": [[0, 1]]}'):
+    (tmp_path / "wrong.json").write_text(wrong)
+    with pytest.raises(UserError, match="profile"):
+      load_profile(str(tmp_path / "wrong.json"))
   sizes = kept.empty(
     cases.PAIRS.geometry,
     PrefixKV(budget=Budget(ratio=0.3), profile=curves).granted(46, 2).max(axis=1).tolist(),
