@@ -44,8 +44,9 @@ def run(
 
   Returns:
     Rows with ``kl`` (nats a token), ``top1`` (agreement with full attention), ``ppl``, ``read``
-    and ``selected`` (fractions of the cache with and without sinks and window), ``moved_bytes`` a
-    token, ``tail``; ``_std`` over texts and ``_se`` of the mean beside kl and top1.
+    and ``selected`` (fractions of the cache with and without sinks and window), ``moved_bytes`` and
+    ``read_bytes`` a token, ``tail``; ``_std`` over texts and ``_se`` of the mean beside kl and
+    top1.
 
   Raises:
     UserError: lengths beyond the model's context, a text too short, codebooks missing, or ``out``
@@ -146,7 +147,7 @@ def _summary(results: Sequence[Row]) -> Row:
   figures["ppl"] = math.exp(
     metrics.spread([math.fsum(r["nll"]) / len(r["nll"]) for r in results])[0]
   )
-  for name in ("moved_bytes", "tail"):
+  for name in ("moved_bytes", "read_bytes", "tail"):
     if name in results[0]:
       figures[name] = metrics.spread([r[name] for r in results])[0]
   return figures

@@ -60,9 +60,10 @@ def reading(stats: Figures, row: int, *, token_bytes: int) -> dict[str, float]:
     mean over layers, KV heads and steps. ``moved_bytes``: keys and values of selected tokens per
     step, summed over layers and KV heads; of full
     attention those of every token. ``tail``: mean share of attention that was estimated.
-    Empty for a method with other statistics.
+    ``read_bytes`` a step, summed likewise: of the cache as it is stored, and of whatever was looked
+    at to choose. Empty for a method with other statistics.
   """
-  if not {"length", "selected", "read", "tail"} <= stats.keys():
+  if not {"length", "selected", "read", "tail", "read_bytes"} <= stats.keys():
     return {}
   length = np.maximum(stats["length"][:, row], 1)[..., None].astype(np.float64)
   selected, read = stats["selected"][:, row], stats["read"][:, row]
@@ -71,6 +72,9 @@ def reading(stats: Figures, row: int, *, token_bytes: int) -> dict[str, float]:
     "selected": float(np.mean(selected / length)),
     "moved_bytes": float(np.mean(np.sum(selected, axis=(0, 2), dtype=np.float64)) * token_bytes),
     "tail": float(np.mean(stats["tail"][:, row], dtype=np.float64)),
+    "read_bytes": float(
+      np.mean(np.sum(stats["read_bytes"][:, row], axis=(0, 2), dtype=np.float64))
+    ),
   }
 
 

@@ -200,7 +200,7 @@ def _measure(
 
 def _summary(results: Sequence[Row]) -> Row:
   figures: Row = {}
-  for name in ("read", "selected", "moved_bytes", "tail"):
+  for name in ("read", "selected", "moved_bytes", "read_bytes", "tail"):
     there = [r[name] for r in results if name in r]
     if there:
       figures[name] = metrics.spread(there)[0]

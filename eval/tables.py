@@ -12,7 +12,7 @@ from eval.results import Row, dump
 
 COLUMNS: Mapping[str, tuple[str, ...]] = MappingProxyType(
   {
-    "fidelity": ("selected", "kl", "kl_se", "top1", "ppl", "moved_bytes", "tail"),
+    "fidelity": ("selected", "kl", "kl_se", "top1", "ppl", "moved_bytes", "read_bytes", "tail"),
     "recall": ("selected", "mass", "mass_se", "far_mass", "topk_recall"),
     "needle": ("selected", "score", "score_se", "moved_bytes"),
     "speed attention": (
