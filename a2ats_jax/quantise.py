@@ -9,6 +9,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from a2ats_jax.errors import UserError
 from a2ats_jax.typing import Array, Float, Shaped, UInt
@@ -86,6 +87,21 @@ def encode(x: Float[Array, "*lead n"], *, bits: int, group: int) -> Packed:
   codes = jnp.where(step > 0, (groups - floor[..., None]) / jnp.where(step > 0, step, 1.0), 0.0)
   codes = jnp.clip(jnp.rint(codes), 0, top).astype(jnp.uint8)
   return Packed(pack(codes.reshape(x.shape), bits), scale, low, bits)
+
+
+def zeros(shape: tuple[int, ...], *, bits: int, group: int, dtype: DTypeLike) -> Packed:
+  """What :func:`encode` makes of zeros, without computing it.
+
+  Args:
+    shape: before packing.
+    dtype: of numbers that are not quantised.
+  """
+  *lead, n = shape
+  if bits == 16:
+    none = jnp.zeros((*lead, 0), jnp.float16)
+    return Packed(jnp.zeros(shape, dtype), none, none, bits)
+  none = jnp.zeros((*lead, n // group), jnp.float16)
+  return Packed(jnp.zeros((*lead, n * bits // 8), jnp.uint8), none, none, bits)
 
 
 def decode(packed: Packed, dtype=jnp.float32) -> Float[Array, "*lead n"]:

@@ -1,5 +1,6 @@
 """Packed integers against an independent reading in NumPy."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -63,6 +64,16 @@ def test_a_constant_group_is_given_back():
   np.testing.assert_array_equal(same.words, x)
   assert quantise.bytes_of(8, bits=16, group=8, itemsize=4) == 32
   assert quantise.bytes_of(8, bits=4, group=8, itemsize=4) == 8
+
+
+@pytest.mark.parametrize("bits", quantise.BITS)
+def test_zeros_are_what_zeros_are_packed_to(bits):
+  want = quantise.encode(jnp.zeros((2, 3, 16)), bits=bits, group=8)
+  got = quantise.zeros((2, 3, 16), bits=bits, group=8, dtype=jnp.float32)
+  assert jax.tree.structure(got) == jax.tree.structure(want)
+  for ours, theirs in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+    assert ours.dtype == theirs.dtype
+    np.testing.assert_array_equal(ours, theirs)
 
 
 @pytest.mark.parametrize(("bits", "group"), [(3, 8), (4, 0), (2, 3)])

@@ -81,7 +81,7 @@ class KIVI:
     recent = jnp.zeros((*lead, self.residual, g.head_dim), g.dtype)
 
     def packed(shape: tuple[int, ...]) -> Packed:
-      return quantise.encode(jnp.zeros((*lead, *shape), g.dtype), bits=self.bits, group=self.group)
+      return quantise.zeros((*lead, *shape), bits=self.bits, group=self.group, dtype=g.dtype)
 
     return KIVIState(
       packed((g.head_dim, slots)),

@@ -110,11 +110,15 @@ class QPruningKV:
     lead = (g.layers, g.batch, g.kv_heads)
     count = -(-max(int(self.granted(g.prompt).max()), 1) // self.group) * self.group
     later = jnp.zeros((*lead, g.new, g.head_dim), g.dtype)
-    none = jnp.zeros((*lead, count, g.head_dim), g.dtype)
+
+    def packed(by_channel: bool) -> Packed:
+      shape = (g.head_dim, count) if by_channel else (count, g.head_dim)
+      return quantise.zeros((*lead, *shape), bits=self.bits, group=self.group, dtype=g.dtype)
+
     return QPruningState(
-      self._pack(none, self.by_channel == "keys"),
-      self._pack(none, self.by_channel == "values"),
-      jnp.full(none.shape[:4], -1, jnp.int32),
+      packed(self.by_channel == "keys"),
+      packed(self.by_channel == "values"),
+      jnp.full((*lead, count), -1, jnp.int32),
       dense.DenseCache(later, later),
       jnp.zeros(g.batch, jnp.int32),
     )
