@@ -97,11 +97,10 @@ def zeros(shape: tuple[int, ...], *, bits: int, group: int, dtype: DTypeLike) ->
     dtype: of numbers that are not quantised.
   """
   *lead, n = shape
-  if bits == 16:
-    none = jnp.zeros((*lead, 0), jnp.float16)
-    return Packed(jnp.zeros(shape, dtype), none, none, bits)
-  none = jnp.zeros((*lead, n // group), jnp.float16)
-  return Packed(jnp.zeros((*lead, n * bits // 8), jnp.uint8), none, none, bits)
+  words = jnp.zeros(shape, dtype) if bits == 16 else jnp.zeros((*lead, n * bits // 8), jnp.uint8)
+  groups = (*lead, 0 if bits == 16 else n // group)
+  scale, low = jnp.zeros(groups, jnp.float16), jnp.zeros(groups, jnp.float16)  # two arrays
+  return Packed(words, scale, low, bits)
 
 
 def decode(packed: Packed, dtype=jnp.float32) -> Float[Array, "*lead n"]:

@@ -116,7 +116,6 @@ class ClusterKV:
     groups = g.new // self.every
     slots = prompt_slots + groups * self.every
     count = self.clusters or max(1, g.prompt // 80)
-    near = jnp.zeros((*lead, self.sinks + self.every, g.head_dim), g.dtype)
     total = count + groups * self.fresh
     return ClusterState(
       store=paged.open_store(
@@ -133,7 +132,7 @@ class ClusterKV:
         lead, count=total, slots=slots, page=self.page, prompt=prompt_slots, order="cell"
       ),
       centroids=jnp.zeros((*lead, total, g.head_dim), g.dtype),
-      near=dense.DenseCache(near, near),
+      near=dense.zeros((*lead, self.sinks + self.every, g.head_dim), g.dtype),
       prompt=jnp.zeros(g.batch, jnp.int32),
       clusters=count,
       prompt_slots=prompt_slots,

@@ -5,6 +5,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from a2ats_jax import attention
 from a2ats_jax.methods.base import Geometry, PromptLayer, Stats
@@ -29,7 +30,12 @@ def init(geometry: Geometry) -> DenseCache:
     geometry.capacity,
     geometry.head_dim,
   )
-  return DenseCache(jnp.zeros(shape, geometry.dtype), jnp.zeros(shape, geometry.dtype))
+  return zeros(shape, geometry.dtype)
+
+
+def zeros(shape: tuple[int, ...], dtype: DTypeLike) -> DenseCache:
+  """Keys and values, each in memory of its own: a state's arrays are given away one by one."""
+  return DenseCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
 
 
 def write_prompt(

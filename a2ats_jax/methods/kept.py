@@ -74,11 +74,11 @@ def empty(geometry: Geometry, sizes: Iterable[int]) -> KeptCache:
   g, sizes = geometry, tuple(int(size) for size in sizes)
   offsets = np.cumsum((0, *sizes[:-1]))
   pool = int(offsets[-1]) + max(sizes)
-  none = jnp.zeros((g.batch, g.kv_heads, pool, g.head_dim), g.dtype)
+  shape = (g.batch, g.kv_heads, pool)
   return KeptCache(
-    none,
-    none,
-    jnp.full(none.shape[:3], -1, jnp.int32),
+    jnp.zeros((*shape, g.head_dim), g.dtype),
+    jnp.zeros((*shape, g.head_dim), g.dtype),
+    jnp.full(shape, -1, jnp.int32),
     jnp.zeros((g.layers, g.batch, g.kv_heads), jnp.int32),
     sizes,
     g.capacity,

@@ -78,7 +78,6 @@ class KIVI:
         f"kivi: group must divide the model's head size of {g.head_dim}, got {self.group}"
       )
     lead, slots = (g.layers, g.batch, g.kv_heads), -(-g.capacity // self.residual) * self.residual
-    recent = jnp.zeros((*lead, self.residual, g.head_dim), g.dtype)
 
     def packed(shape: tuple[int, ...]) -> Packed:
       return quantise.zeros((*lead, *shape), bits=self.bits, group=self.group, dtype=g.dtype)
@@ -86,7 +85,7 @@ class KIVI:
     return KIVIState(
       packed((g.head_dim, slots)),
       packed((g.capacity, g.head_dim)),
-      dense.DenseCache(recent, recent),
+      dense.zeros((*lead, self.residual, g.head_dim), g.dtype),
     )
 
   def absorb(self, state: KIVIState, prompt: PromptLayer, *, layer: int | Array) -> KIVIState:

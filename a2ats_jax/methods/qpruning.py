@@ -109,7 +109,6 @@ class QPruningKV:
       )
     lead = (g.layers, g.batch, g.kv_heads)
     count = -(-max(int(self.granted(g.prompt).max()), 1) // self.group) * self.group
-    later = jnp.zeros((*lead, g.new, g.head_dim), g.dtype)
 
     def packed(by_channel: bool) -> Packed:
       shape = (g.head_dim, count) if by_channel else (count, g.head_dim)
@@ -119,7 +118,7 @@ class QPruningKV:
       packed(self.by_channel == "keys"),
       packed(self.by_channel == "values"),
       jnp.full((*lead, count), -1, jnp.int32),
-      dense.DenseCache(later, later),
+      dense.zeros((*lead, g.new, g.head_dim), g.dtype),
       jnp.zeros(g.batch, jnp.int32),
     )
 

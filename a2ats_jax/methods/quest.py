@@ -68,9 +68,12 @@ class Quest:
     g = geometry
     pages = -(-g.capacity // self.page)
     lead = (g.layers, g.batch, g.kv_heads)
-    slots = jnp.zeros((*lead, pages * self.page, g.head_dim), g.dtype)
-    bounds = jnp.zeros((*lead, pages, g.head_dim), g.dtype)
-    return QuestState(dense.DenseCache(slots, slots), bounds, bounds, g.capacity)
+    return QuestState(
+      dense.zeros((*lead, pages * self.page, g.head_dim), g.dtype),
+      jnp.zeros((*lead, pages, g.head_dim), g.dtype),
+      jnp.zeros((*lead, pages, g.head_dim), g.dtype),
+      g.capacity,
+    )
 
   def absorb(self, state: QuestState, prompt: PromptLayer, *, layer: int | Array) -> QuestState:
     b, t, kv_heads, d = prompt.keys.shape

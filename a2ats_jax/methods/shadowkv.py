@@ -103,8 +103,6 @@ class ShadowKV:
     g, p = geometry, self.chunk
     lead, count = (g.layers, g.batch, g.kv_heads), -(-g.prompt // p)
     rank = min(self.rank, g.kv_heads * g.head_dim)
-    special = jnp.zeros((*lead, self.outliers * p, g.head_dim), g.dtype)
-    recent = jnp.zeros((*lead, self.local + p - 1 + g.new, g.head_dim), g.dtype)
     return ShadowState(
       store=paged.open_store(
         layers=g.layers,
@@ -119,9 +117,9 @@ class ShadowKV:
       weights=jnp.zeros((g.layers, g.batch, count * p, rank), g.dtype),
       basis=jnp.zeros((g.layers, g.batch, rank, g.kv_heads * g.head_dim), g.dtype),
       landmarks=jnp.zeros((*lead, count, g.head_dim), g.dtype),
-      special=dense.DenseCache(special, special),
+      special=dense.zeros((*lead, self.outliers * p, g.head_dim), g.dtype),
       numbers=jnp.zeros((*lead, self.outliers), jnp.int32),
-      recent=dense.DenseCache(recent, recent),
+      recent=dense.zeros((*lead, self.local + p - 1 + g.new, g.head_dim), g.dtype),
       chunks=jnp.zeros(g.batch, jnp.int32),
       capacity=g.capacity,
     )

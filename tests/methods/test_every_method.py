@@ -11,6 +11,7 @@ import pytest
 
 from a2ats_jax.budget import Budget
 from a2ats_jax.methods import registry
+from a2ats_jax.methods.base import needs_of
 from a2ats_jax.methods.full import Full
 from a2ats_jax.store import KVStore
 from tests import cases
@@ -179,6 +180,17 @@ def test_state_survives_donation_and_a_round_trip_to_disk(name, tmp_path):
       got.append(np.asarray(out))
   for one, two in zip(got, want, strict=True):
     np.testing.assert_allclose(one, two, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_empty_state_can_be_given_away(name):
+  """As the first layer of a prefill does: every array has memory of its own."""
+  method = example(name)
+  state = method.init(SHAPE.geometry)
+  where = [x.unsafe_buffer_pointer() for x in jax.tree.leaves(state) if x.size]
+  assert len(set(where)) == len(where)
+  absorb = jax.jit(lambda state, prompt: method.absorb(state, prompt, layer=0), donate_argnums=0)
+  absorb(state, cases.prompt_layer(drawn(), 0, needs_of(method)))
 
 
 @pytest.mark.parametrize("name", NAMES)
