@@ -32,7 +32,7 @@ def test_options_in_text_form():
   method = build(first, budget=BUDGET, codebooks={"default": tiny.codebook()})
   assert (method.far, method.window) == (FarPosition.segments(16, 32), 7)
   near = "a2ats:far=segments(16,32):tail=none:window=7:sinks=8:book=default"
-  assert str(first) == near + ":page=16:fetch=0:order=cell:placement=auto"
+  assert str(first) == near + ":page=16:fetch=0:order=cell:placement=auto:bits=16"
   assert parse_method(str(first)) == first
   assert second.options_text.startswith("far=constant(2048):tail=centroid:window=64:sinks=0:book=")
 
@@ -40,7 +40,7 @@ def test_options_in_text_form():
 @pytest.mark.parametrize(
   ("text", "message"),
   [
-    ("quest", f"unknown name 'quest'; known: {', '.join(METHODS)}"),
+    ("qest", f"unknown name 'qest'; known: {', '.join(METHODS)}"),
     ("a2ats:b=3", "a2ats: unknown option 'b=3'; options: far, tail, window, sinks"),
     ("full:window=3", "full: unknown option 'window=3'; options: none"),
     ("oracle:window", "unknown option 'window'; options: window, sinks"),
