@@ -105,7 +105,8 @@ class Stats:
     read: tokens whose key and value were attended exactly: chosen, sinks and window.
     tail: estimated share of attention that was not read exactly; 0 where nothing is estimated.
     read_bytes: bytes of cache that the step's attention and selection read: keys and values as they
-      are stored, and whatever index, codes, bounds or landmarks were looked at to choose them.
+      are stored, and whatever index, codes, bounds or landmarks were looked at to choose them. The
+      positions of slots, by which a cache is masked, are not counted.
   """
 
   length: Int[Array, "*L B S"]

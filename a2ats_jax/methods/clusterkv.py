@@ -77,7 +77,7 @@ class ClusterKV:
   repository leaves the first two alone).
 
   Attributes:
-    budget: tokens that each query head may read, sinks included.
+    budget: tokens that each query head may read, sinks included, whoever the budget names.
     clusters: of a prompt; 0 for one to every 80 tokens.
     sinks: first tokens, read in any case.
     every: later tokens clustered at a time, whole pages.
@@ -231,7 +231,8 @@ class ClusterKV:
     read = selected + jnp.sum(mask, axis=-1, dtype=jnp.int32)[:, None, None]
     d, index = k.shape[3], state.index
     extra = state.centroids.shape[3] * (d * k.dtype.itemsize + 4) + 12 * index.first.shape[3]
-    extra = extra + 8 * self.page * count
+    later = index.cells.shape[3] - index.first.shape[3]  # pages that are not sorted: every slot
+    extra = extra + 8 * self.page * (count + later)
     size = read * (2 * d * k.dtype.itemsize) + jnp.where(now[:, None] < 0, 0, extra)[:, None]
     stats = Stats(positions + 1, selected, read, jnp.zeros(q.shape[:3]), size.astype(jnp.float32))
     return out, self._cluster(state, now, layer), stats
@@ -246,8 +247,9 @@ class ClusterKV:
     """
     counts = dense.read(state.index.counts, layer)
     scores = attention.logits(q, dense.read(state.centroids, layer))[:, 0]
-    table = jnp.maximum(jnp.asarray(self.budget.resolve(state.capacity)) - self.sinks, 0)
-    taken = cells.select(counts, scores, table[jnp.maximum(now + 1, 0)])
+    granted = jnp.asarray(self.budget.resolve(state.capacity))[jnp.maximum(now + 1, 0)]
+    sinks = jnp.minimum(self.sinks, state.prompt)  # a short prompt has fewer
+    taken = cells.select(counts, scores, jnp.maximum(granted - sinks, 0))
     taken = jnp.where((now >= 0)[:, None, None], taken, 0)
     pages = cells.pages_of(cells.page_cells(state.index, layer=layer), taken)
     return taken, *cells.compact(pages)

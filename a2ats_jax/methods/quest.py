@@ -49,7 +49,8 @@ class Quest:
   Ours: every layer selects, where the published runs leave the first two alone.
 
   Attributes:
-    budget: tokens that each query head may read; whole pages, rounded down.
+    budget: tokens that each query head may read, whoever the budget names; whole pages, rounded
+      down.
     page: P, tokens a page.
   """
 

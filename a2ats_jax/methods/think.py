@@ -49,8 +49,9 @@ class ThinK:
   keys are stored whole, values always. Logits are still divided by ``sqrt(D)``. Needs the window's
   queries of prefill.
 
-  Device bytes per prompt token and layer: ``K (2 D - int(prune D))`` numbers, and ``2 K D`` for the
-  last ``window`` and later tokens; nothing on the host.
+  Device bytes per prompt token and layer: ``K (2 D - int(prune D))`` numbers; ``2 K D`` for a later
+  token; ``window K D`` once for the whole keys of the last ones, whose slots among the thin keys
+  stay unused. Nothing on the host.
 
   Ours: one choice a KV head as in NVIDIA/kvpress (which only zeroes channels), where the paper's
   code repeats keys and chooses for every query head.

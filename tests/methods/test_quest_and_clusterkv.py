@@ -7,6 +7,7 @@ import pytest
 
 from a2ats_jax.budget import Budget
 from a2ats_jax.methods.clusterkv import ClusterKV
+from a2ats_jax.methods.full import Full
 from a2ats_jax.methods.quest import Quest
 from tests import cases
 
@@ -98,6 +99,18 @@ def test_quest_reads_the_best_pages(seed):
 def test_clusterkv_reads_the_best_clusters(seed):
   cache = cases.draw_cache(SHAPE, seed=seed, lengths=[40, 23, 1], rope="yarn")
   compare(CLUSTER, CLUSTER, cluster_reads, cache, shared=True)
+
+
+def test_clusterkv_leaves_nothing_out_where_a_prompt_is_shorter_than_the_sinks():
+  """Budget 1, across the step that clusters later tokens: four sinks, prompts of 1 and 2 tokens."""
+  method = ClusterKV(
+    budget=Budget(ratio=1.0), clusters=4, sinks=4, every=4, fresh=2, page=4, placement="device"
+  )
+  cache = cases.draw_cache(SHAPE, seed=0, lengths=[1, 2, 40])
+  steps = zip(cases.run_steps(method, cache, 10), cases.run_steps(Full(), cache, 10), strict=True)
+  for got, want in steps:
+    np.testing.assert_allclose(got.out, want.out, atol=cases.TOLERANCE, rtol=0)
+    np.testing.assert_array_equal(got.stats.read, want.stats.read)
 
 
 @pytest.mark.parametrize(
