@@ -66,7 +66,9 @@ def table(lines: Sequence[Line]) -> str:
       cells.append(", ".join(found) or "no")
     text.append(f"| `{op}` | " + " | ".join(cells) + " |")
   notes = sorted({f"{line['what']} {line['date']}, {line['versions']}" for line in lines})
-  return "\n".join([*text, "", "What is not named was not done. " + "; ".join(notes) + "."])
+  said = "What is not named was not done. Interpreted: on the CPU, by one interpreter for all TPUs "
+  said += "and one for GPUs, with race detection."
+  return "\n".join([*text, "", f"{said} {'; '.join(notes)}."])
 
 
 def filled(readme: str, lines: Sequence[Line]) -> str:
