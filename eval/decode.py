@@ -29,6 +29,15 @@ def figures_of(stats: Any) -> dict[str, np.ndarray]:
   return {k: np.asarray(x) for k, x in stats.items()} if isinstance(stats, Mapping) else {}
 
 
+def bytes_of(tree: Any) -> dict[str, int]:
+  """``device_bytes`` and ``host_bytes`` of live arrays, such as a state and its method."""
+  out = {"device_bytes": 0, "host_bytes": 0}
+  for leaf in jax.tree.leaves(tree):
+    host = "host" in (leaf.sharding.memory_kind or "")
+    out["host_bytes" if host else "device_bytes"] += leaf.nbytes
+  return out
+
+
 def block_of(config: ModelConfig, *, batch: int, slots: int, new: int) -> int:
   """Tokens to decode at once: 32, fewer where the scores over a long cache grow too large."""
   return max(1, min(_BLOCK, new, _SCORES // (batch * config.heads * slots)))

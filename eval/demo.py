@@ -102,12 +102,11 @@ def answer(model: Model, book: Codebook, text: Text, progress: Progress) -> list
   for place, case in enumerate(cases):
     progress("answer", place, len(cases))
     generated, stats, seconds = _timed(model, case, recording, prompt.ids[-1], lengths)
-    size = 2 * model.config.head_dim * recording.prompt.keys.dtype.itemsize
-    read = [metrics.reading(s, 0, token_bytes=size) for s in stats]
+    read = [metrics.reading(s, 0) for s in stats]
     text_out = model.tokenizer.decode(generated[0])
     rows.append(
       case.identity
-      | {name: float(np.mean([r[name] for r in read])) for name in ("read", "moved_bytes")}
+      | {name: float(np.mean([r[name] for r in read])) for name in ("read", "read_bytes")}
       | {
         "prompt_tokens": len(prompt.ids),
         "prefill_s": prefill_s,
@@ -148,7 +147,7 @@ def report(answers: Sequence[Row], rows: Sequence[Row], console: Console) -> Non
     f"(it is {first['asked']}; the prompt took {first['prefill_s']:.1f} s)"
   )
   table = Table(box=None, header_style="bold", pad_edge=False)
-  for name in ("method", "budget", "found", "tokens read", "bytes a token", "ms a token", "answer"):
+  for name in ("method", "budget", "found", "tokens read", "bytes read", "ms a token", "answer"):
     table.add_column(name, justify="left" if name in ("method", "answer") else "right")
   for row in answers:
     table.add_row(
@@ -156,14 +155,14 @@ def report(answers: Sequence[Row], rows: Sequence[Row], console: Console) -> Non
       "-" if row["budget"] is None else f"{row['budget']:g}",
       "yes" if row["score"] else "no",
       f"{row['read'] * row['prompt_tokens']:.0f}",
-      f"{row['moved_bytes'] / 1e6:.1f} MB",
+      f"{row['read_bytes'] / 1e6:.1f} MB",
       f"{row['ms']:.0f}",
       row["prediction"].strip().split("\n")[0],
     )
   console.print(table)
   console.print(
-    "[dim]Times are of the reference, which scores every token and keeps the cache on the device; "
-    "bytes are of the far tokens it chose.[/dim]"
+    "[dim]Tokens, bytes and times are of one step. Bytes are of the cache and of the index that "
+    "chooses from it.[/dim]"
   )
   console.print("\n[bold]Next-token distributions on held-out text[/bold]")
   console.print(tables.table(rows))

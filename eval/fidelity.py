@@ -118,8 +118,7 @@ def _measure(
         "top1": close.top1.tolist(),
         "nll": close.nll.tolist(),
       }
-      size = 2 * model.config.head_dim * recording.prompt.keys.dtype.itemsize
-      line["results"].append(result | metrics.reading(stats, row, token_bytes=size))
+      line["results"].append(result | metrics.reading(stats, row))
     step(T=float(unit.T), kl=float(np.mean([line["results"][-1]["kl"] for line in lines])))
   return lines
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from a2ats_jax.methods.base import State
 from a2ats_jax.typing import Array
-from eval.decode import figures_of
+from eval.decode import bytes_of, figures_of
 from eval.options import Case
 from eval.results import Row
 from eval.timing import Tick, interleaved
@@ -20,15 +20,6 @@ def committed(tree: Any) -> Any:
   """The same arrays, bound to where they are, as what a compiled step returns is."""
   leaves, structure = jax.tree.flatten(tree)
   return jax.tree.unflatten(structure, jax.device_put(leaves, [x.sharding for x in leaves]))
-
-
-def bytes_of(tree: Any) -> Row:
-  """``device_bytes`` and ``host_bytes`` of all arrays."""
-  out = {"device_bytes": 0, "host_bytes": 0}
-  for leaf in jax.tree.leaves(tree):
-    host = "host" in (leaf.sharding.memory_kind or "")
-    out["host_bytes" if host else "device_bytes"] += leaf.nbytes
-  return out
 
 
 class Program:
@@ -91,7 +82,6 @@ class Variant:
     case: which.
     lane: its state, which other budgets may share.
     parts: programs by name that leave the state alone.
-    token_bytes: of a token's key and value in one KV head.
     temp_bytes: of the step.
     bytes: ``device_bytes`` and ``host_bytes`` of the state and of the method's own arrays.
     stats: of every step so far.
@@ -104,11 +94,10 @@ class Variant:
     step: Step,
     *,
     parts: Mapping[str, Callable[[], Any]],
-    token_bytes: int,
     temp_bytes: int | None,
   ):
     self.case, self.lane, self._step, self.parts = case, lane, step, parts
-    self.token_bytes, self.temp_bytes = token_bytes, temp_bytes
+    self.temp_bytes = temp_bytes
     self.bytes = bytes_of((lane.state, case.method))
     self.stats: list[Any] = []
 
@@ -154,23 +143,19 @@ def measure(
 def _read(variant: Variant, rounds: int) -> Row:
   """What the last steps read, means over them.
 
-  ``read`` and ``selected`` are shares of the cache. ``moved_bytes`` is of the whole step: pages
-  where a method copies them, else the keys and values of the selected tokens. ``pages`` is of one
-  KV head, and ``fetched`` the tokens in these pages over those chosen.
+  ``read`` and ``selected`` are shares of the cache. ``moved_bytes`` is what the whole step copies
+  out of a store of pages. ``pages`` is of one KV head, and ``fetched`` the tokens in these pages
+  over those chosen.
   """
   steps = [figures_of(stats) for stats in variant.stats[-rounds:]]
-  if not {"length", "selected", "read"} <= steps[0].keys():
+  if not {"length", "selected", "read", "moved"} <= steps[0].keys():
     return {}
   every = {name: np.stack([step[name] for step in steps]).astype(np.float64) for name in steps[0]}
   length, selected = every["length"][..., None], every["selected"]
-  if "moved" in every:
-    moved = every["moved"].sum() / rounds
-  else:
-    moved = selected.sum() / rounds * variant.token_bytes
   out: Row = {
     "read": float((every["read"] / length).mean()),
     "selected": float((selected / length).mean()),
-    "moved_bytes": float(moved),
+    "moved_bytes": float(every["moved"].sum() / rounds),
   }
   if "pages" in every:
     out["pages"] = float(every["pages"].mean())

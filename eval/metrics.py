@@ -48,33 +48,33 @@ def compare(
   )
 
 
-def reading(stats: Figures, row: int, *, token_bytes: int) -> dict[str, float]:
+def reading(stats: Figures, row: int) -> dict[str, float]:
   """What one row of a batch read.
 
   Args:
     stats: fields of :class:`a2ats_jax.methods.base.Stats`, each ``[L, B, N, ...]``.
-    token_bytes: of one token's key and value in one KV head.
 
   Returns:
     ``read`` and ``selected``: fractions of the cached tokens, with and without sinks and window,
-    mean over layers, KV heads and steps. ``moved_bytes``: keys and values of selected tokens per
-    step, summed over layers and KV heads; of full
-    attention those of every token. ``tail``: mean share of attention that was estimated.
-    ``read_bytes`` a step, summed likewise: of the cache as it is stored, and of whatever was looked
-    at to choose. Empty for a method with other statistics.
+    mean over layers, KV heads and steps. ``tail``: mean share of attention that was estimated.
+    A step's bytes, summed over layers and KV heads: ``read_bytes`` of the cache as it is stored,
+    and of whatever was looked at to choose; ``moved_bytes`` copied out of a store of pages. Empty
+    for a method with other statistics.
   """
-  if not {"length", "selected", "read", "tail", "read_bytes"} <= stats.keys():
+  if not {"length", "selected", "read", "tail", "read_bytes", "moved"} <= stats.keys():
     return {}
   length = np.maximum(stats["length"][:, row], 1)[..., None].astype(np.float64)
   selected, read = stats["selected"][:, row], stats["read"][:, row]
+
+  def a_step(size: np.ndarray) -> float:
+    return float(np.mean(np.sum(size, axis=(0, 2), dtype=np.float64)))
+
   return {
     "read": float(np.mean(read / length)),
     "selected": float(np.mean(selected / length)),
-    "moved_bytes": float(np.mean(np.sum(selected, axis=(0, 2), dtype=np.float64)) * token_bytes),
     "tail": float(np.mean(stats["tail"][:, row], dtype=np.float64)),
-    "read_bytes": float(
-      np.mean(np.sum(stats["read_bytes"][:, row], axis=(0, 2), dtype=np.float64))
-    ),
+    "read_bytes": a_step(stats["read_bytes"][:, row]),
+    "moved_bytes": a_step(stats["moved"][:, row]),
   }
 
 

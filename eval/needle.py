@@ -186,11 +186,10 @@ def _measure(
     )
     for row, (line, prompt) in enumerate(zip(lines, prompts)):
       text = model.tokenizer.decode(generated[row])
-      size = 2 * model.config.head_dim * recording.prompt.keys.dtype.itemsize
       result = case.identity | {"prediction": text, "score": ruler.score(text, [prompt.answer])}
       # Steps after a row's end read nothing.
       taken = [s for s in stats if "length" in s and s["length"][0, row, 0] > 0]
-      figures = [metrics.reading(s, row, token_bytes=size) for s in taken]
+      figures = [metrics.reading(s, row) for s in taken]
       if figures:
         result |= {k: metrics.spread([f[k] for f in figures])[0] for k in figures[0]}
       line["results"].append(result)

@@ -184,9 +184,7 @@ def _variant(case: Case, lane: Lane, rope: Rope) -> Variant:
     temp = step.temp_bytes
   if hasattr(method, "score") and hasattr(method, "choose"):
     parts = _parts(method, lane, rope)
-  k = lane.token[1]
-  size = 2 * k.shape[-1] * k.dtype.itemsize
-  return Variant(case, lane, step, parts=parts, token_bytes=size, temp_bytes=temp)
+  return Variant(case, lane, step, parts=parts, temp_bytes=temp)
 
 
 def _attend(

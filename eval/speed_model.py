@@ -143,8 +143,7 @@ def variants_of(
 
 def _variant(case: Case, model: Model, lane: Lane) -> Variant:
   step = Program(_decode, (model.decoder, case.method), lane.state, lane.token)
-  size = 2 * model.config.head_dim * 4
-  return Variant(case, lane, step, parts={}, token_bytes=size, temp_bytes=step.temp_bytes)
+  return Variant(case, lane, step, parts={}, temp_bytes=step.temp_bytes)
 
 
 def _decode(

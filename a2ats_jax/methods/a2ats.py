@@ -39,21 +39,19 @@ from a2ats_jax.typing import Array, Float, Int
 
 @partial(
   jax.tree_util.register_dataclass,
-  data_fields=["length", "selected", "read", "tail", "read_bytes", "pages", "moved", "dropped"],
+  data_fields=["length", "selected", "read", "tail", "read_bytes", "moved", "pages", "dropped"],
   meta_fields=[],
 )
 @dataclasses.dataclass(frozen=True)
 class PageStats(Stats):
-  """What a step read, and moved.
+  """What a step read; ``moved`` counts whole stages.
 
   Attributes:
     pages: pages that hold a chosen token.
-    moved: bytes copied from the store, whole stages.
     dropped: far tokens the budget granted and the fetch bound did not.
   """
 
   pages: Int[Array, "*L B S K"]
-  moved: Float[Array, "*L B S K"]
   dropped: Int[Array, "*L B S K"]
 
 
@@ -327,8 +325,8 @@ class A2ATS:
       read=many,
       tail=tail,
       read_bytes=(touched + self._index_bytes(state, pages))[:, None],
-      pages=pages[:, None],
       moved=moved[:, None],
+      pages=pages[:, None],
       dropped=dropped[:, None],
     )
     live = now >= 0

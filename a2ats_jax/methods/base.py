@@ -92,7 +92,7 @@ class PromptLayer:
 
 @partial(
   jax.tree_util.register_dataclass,
-  data_fields=["length", "selected", "read", "tail", "read_bytes"],
+  data_fields=["length", "selected", "read", "tail", "read_bytes", "moved"],
   meta_fields=[],
 )
 @dataclasses.dataclass(frozen=True)
@@ -107,6 +107,8 @@ class Stats:
     read_bytes: bytes of cache that the step's attention and selection read: keys and values as they
       are stored, and whatever index, codes, bounds or landmarks were looked at to choose them. The
       positions of slots, by which a cache is masked, are not counted.
+    moved: bytes copied out of a store of pages, which lies in host memory where there is one; 0 for
+      a method whose cache lies on the device.
   """
 
   length: Int[Array, "*L B S"]
@@ -114,6 +116,7 @@ class Stats:
   read: Int[Array, "*L B S K"]
   tail: Float[Array, "*L B S H"]
   read_bytes: Float[Array, "*L B S K"]
+  moved: Float[Array, "*L B S K"]
 
 
 @runtime_checkable

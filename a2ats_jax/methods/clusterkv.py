@@ -218,7 +218,7 @@ class ClusterKV:
     filled = -(-int(self.budget.resolve(state.capacity).max()) // self.page)
     size = k.shape[0] * k.shape[2] * state.store.page_bytes
     stage = max(1, min(max(filled, 8), ids.shape[2], _STAGE // size))
-    far, _ = attend_pages(state.store, q, ids, count, chosen, stage=stage, layer=layer)
+    far, moved = attend_pages(state.store, q, ids, count, chosen, stage=stage, layer=layer)
     ring = jnp.arange(self.every, dtype=jnp.int32)[None]
     sink = jnp.arange(self.sinks, dtype=jnp.int32)[None] < state.prompt[:, None]
     fresh = ring <= later % self.every
@@ -234,7 +234,14 @@ class ClusterKV:
     later = index.cells.shape[3] - index.first.shape[3]  # pages that are not sorted: every slot
     extra = extra + 8 * self.page * (count + later)
     size = read * (2 * d * k.dtype.itemsize) + jnp.where(now[:, None] < 0, 0, extra)[:, None]
-    stats = Stats(positions + 1, selected, read, jnp.zeros(q.shape[:3]), size.astype(jnp.float32))
+    stats = Stats(
+      length=positions + 1,
+      selected=selected,
+      read=read,
+      tail=jnp.zeros(q.shape[:3]),
+      read_bytes=size.astype(jnp.float32),
+      moved=jnp.where(positions[..., None] < 0, 0.0, moved[:, None]),
+    )
     return out, self._cluster(state, now, layer), stats
 
   def choose(

@@ -87,7 +87,24 @@ def dense_stats(
   """The statistics of a method that reads every token of a cache as ``keys`` is."""
   length = positions + 1
   read = jnp.broadcast_to(length[..., None], (*length.shape, kv_heads))
-  return Stats(length, read, read, jnp.zeros((*length.shape, heads)), token_bytes(read, keys))
+  return on_device(length, read, heads, token_bytes(read, keys))
+
+
+def on_device(
+  length: Int[Array, "B S"],
+  read: Int[Array, "B S K"],
+  heads: int,
+  read_bytes: Shaped[Array, "B S K"],
+) -> Stats:
+  """The statistics of a method that chooses all it reads, estimates nothing and moves nothing."""
+  return Stats(
+    length=length,
+    selected=read,
+    read=read,
+    tail=jnp.zeros((*length.shape, heads)),
+    read_bytes=read_bytes.astype(jnp.float32),
+    moved=jnp.zeros(read.shape),
+  )
 
 
 def token_bytes(read: Int[Array, "B S K"], keys: Shaped[Array, "*lead D"]) -> Float[Array, "B S K"]:

@@ -16,7 +16,7 @@ import numpy as np
 from a2ats_jax import attention
 from a2ats_jax.budget import Budget
 from a2ats_jax.methods.base import Geometry, PromptLayer, Stats
-from a2ats_jax.methods.dense import attend_masked, token_bytes
+from a2ats_jax.methods.dense import attend_masked, on_device, token_bytes
 from a2ats_jax.rope import Rope, rotate
 from a2ats_jax.typing import Array, Bool, Float, Int, Shaped
 
@@ -221,13 +221,7 @@ def attend(
   """
   mask = visible(kept, positions)
   read = jnp.sum(mask, axis=-1, dtype=jnp.int32)
-  stats = Stats(
-    length=positions + 1,
-    selected=read,
-    read=read,
-    tail=jnp.zeros(q.shape[:3]),
-    read_bytes=token_bytes(read, kept.k),
-  )
+  stats = on_device(positions + 1, read, q.shape[2], token_bytes(read, kept.k))
   return attend_masked(q, kept.k, kept.v, mask), stats
 
 

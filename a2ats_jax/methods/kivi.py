@@ -191,7 +191,7 @@ class KIVI:
     size = partial(quantise.bytes_of, bits=self.bits, group=self.group, itemsize=item)
     coded = jnp.sum(far, axis=-1)[..., None] + jnp.maximum(now + 1 - r, 0)[:, None, None]
     several = coded * size(d) + (2 * read - coded) * (d * item)
-    stats = Stats(positions + 1, read, read, jnp.zeros(q.shape[:3]), several.astype(jnp.float32))
+    stats = dense.on_device(positions + 1, read, q.shape[2], several)
     return out, KIVIState(keys, values, recent), stats
 
   def _flush(

@@ -193,6 +193,6 @@ class QPruningKV:
     few, many = (jnp.sum(mask, axis=-1, dtype=jnp.int32) for mask in (old, new))
     d, item = k.shape[3], k.dtype.itemsize
     size = quantise.bytes_of(d, bits=self.bits, group=self.group, itemsize=item)
-    read_bytes = (few * (2 * size) + many * (2 * d * item)).astype(jnp.float32)
-    stats = Stats(positions + 1, few + many, few + many, jnp.zeros(q.shape[:3]), read_bytes)
+    read_bytes = few * (2 * size) + many * (2 * d * item)
+    stats = dense.on_device(positions + 1, few + many, q.shape[2], read_bytes)
     return out, dataclasses.replace(state, later=later), stats

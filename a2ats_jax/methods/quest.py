@@ -150,8 +150,7 @@ class Quest:
     tokens = jnp.sum(mask, axis=-1).reshape(b, 1, kv_heads, -1).sum(axis=-1)
     bounds = jnp.where(now < 0, 0, -(-(now + 1) // self.page))[:, None, None]
     size = (tokens + bounds) * (2 * d * k.dtype.itemsize)
-    stats = Stats(positions + 1, read, read, jnp.zeros(q.shape[:3]), size.astype(jnp.float32))
-    return out, state, stats
+    return out, state, dense.on_device(positions + 1, read, heads, size)
 
   def _remember(
     self,

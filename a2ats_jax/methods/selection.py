@@ -162,5 +162,6 @@ def read_exactly(
     read=many,
     tail=jnp.zeros(q.shape[:3]),
     read_bytes=token_bytes(many, keys),
+    moved=jnp.zeros(many.shape),
   )
   return attend_masked(q, keys, values, read), selected, stats

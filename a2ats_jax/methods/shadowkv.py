@@ -258,12 +258,14 @@ class ShadowKV:
     index = state.landmarks.shape[3] * d + rank * d  # landmarks, and this head's part of the basis
     index = jnp.where(live[..., None], index * item, 0)
     a_token = (rank // kv_heads + d) * item  # weights are shared by the KV heads
+    moved = ids.shape[2] * state.store.page_bytes
     stats = Stats(
       length=positions + 1,
       selected=selected,
       read=selected + exact,
       tail=jnp.zeros(q.shape[:3]),
       read_bytes=(selected * a_token + exact * 2 * d * item + index).astype(jnp.float32),
+      moved=jnp.where(live[..., None], jnp.full(exact.shape, moved, jnp.float32), 0.0),
     )
     return out, state, stats
 

@@ -159,5 +159,4 @@ class ThinK:
     read = jnp.broadcast_to(few + many, (*positions.shape, kv_heads))
     size = (few * (stay + d) + many * 2 * d) * pruned.dtype.itemsize
     size = jnp.where(read > 0, size + 4 * stay, 0)  # and the numbers of the channels
-    tail = jnp.zeros(q.shape[:3])
-    return out, state, Stats(positions + 1, read, read, tail, size.astype(jnp.float32))
+    return out, state, dense.on_device(positions + 1, read, heads, size)

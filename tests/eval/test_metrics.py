@@ -53,13 +53,14 @@ def test_reading_by_hand():
     "read": np.array([[[[3, 4]]], [[[5, 2]]]]),
     "tail": np.full((2, 1, 1, 2), 0.25, np.float32),
     "read_bytes": np.array([[[[300.0, 400.0]]], [[[500.0, 200.0]]]], np.float32),
+    "moved": np.array([[[[64.0, 32.0]]], [[[0.0, 0.0]]]], np.float32),
   }
-  figures = reading(stats, 0, token_bytes=64)
+  figures = reading(stats, 0)
   assert figures == {
     "read": 14 / 32,
     "selected": 6 / 32,
-    "moved_bytes": 6 * 64.0,
     "tail": 0.25,
     "read_bytes": 1400.0,
+    "moved_bytes": 96.0,
   }
-  assert reading({"length": stats["length"]}, 0, token_bytes=64) == {}
+  assert reading({"length": stats["length"]}, 0) == {}
