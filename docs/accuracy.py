@@ -12,7 +12,7 @@ from pathlib import Path
 
 from a2ats_jax.bars import Bars
 from a2ats_jax.budget import Budget
-from a2ats_jax.cli import DEFAULT_MODEL
+from a2ats_jax.cli_args import DEFAULT_MODEL
 from a2ats_jax.files import write_atomically
 from a2ats_jax.models.model import Model, load_model
 from eval import fidelity, needle

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from a2ats_jax.budget import Budget
-from a2ats_jax.cli import DEFAULT_MODEL
+from a2ats_jax.cli_args import DEFAULT_MODEL
 from a2ats_jax.codebook import Codebook
 from a2ats_jax.far import FarPosition
 from a2ats_jax.generate import pad_prompts

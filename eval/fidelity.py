@@ -16,7 +16,7 @@ from a2ats_jax.codebook import Codebook
 from a2ats_jax.generate import pad_prompts
 from a2ats_jax.models.model import Model
 from eval import harness, metrics, plots, texts
-from eval.decode import Figures, block_of, teacher_forced
+from eval.decode import Figures, block_of, bytes_of, teacher_forced
 from eval.options import Case, CommonOptions, Progress, cases_of, check_context, config_of, row_of
 from eval.record import Recording, record, replay
 from eval.results import Row, open_run
@@ -45,8 +45,9 @@ def run(
   Returns:
     Rows with ``kl`` (nats a token), ``top1`` (agreement with full attention), ``ppl``, ``read``
     and ``selected`` (fractions of the cache with and without sinks and window), ``moved_bytes`` and
-    ``read_bytes`` a token, ``tail``; ``_std`` over texts and ``_se`` of the mean beside kl and
-    top1.
+    ``read_bytes`` a token, ``tail``, ``device_bytes`` and ``host_bytes`` of live arrays (the states
+    of a batch, padded to its longest row, and the method's own arrays); ``_std`` over texts and
+    ``_se`` of the mean beside kl and top1.
 
   Raises:
     UserError: lengths beyond the model's context, a text too short, codebooks missing, or ``out``
@@ -108,7 +109,7 @@ def _measure(
   ]
   full: np.ndarray | None = None
   for case in cases:
-    logits, stats = _logits(model, case, recording, inputs, lengths)
+    logits, stats, size = _logits(model, case, recording, inputs, lengths)
     if full is None:
       full = logits  # the first case is full attention
     for row, line in enumerate(lines):
@@ -118,20 +119,21 @@ def _measure(
         "top1": close.top1.tolist(),
         "nll": close.nll.tolist(),
       }
-      line["results"].append(result | metrics.reading(stats, row))
+      line["results"].append(result | metrics.reading(stats, row) | size)
     step(T=float(unit.T), kl=float(np.mean([line["results"][-1]["kl"] for line in lines])))
   return lines
 
 
 def _logits(
   model: Model, case: Case, recording: Recording, inputs: np.ndarray, lengths: np.ndarray
-) -> tuple[np.ndarray, Figures]:
-  """One case from a fresh state, which is dropped on return."""
+) -> tuple[np.ndarray, Figures, dict[str, int]]:
+  """One case from a fresh state, which is dropped on return, and the bytes of that state."""
   batch, new = inputs.shape
   state = replay(model.config, recording, case.method, new=new)
   slots = recording.prompt.keys.shape[2] + new
   block = block_of(model.config, batch=batch, slots=slots, new=new)
-  return teacher_forced(model.decoder, case.method, state, inputs, lengths, block=block)
+  size = bytes_of((state, case.method))
+  return *teacher_forced(model.decoder, case.method, state, inputs, lengths, block=block), size
 
 
 def _summary(results: Sequence[Row]) -> Row:
@@ -146,7 +148,7 @@ def _summary(results: Sequence[Row]) -> Row:
   figures["ppl"] = math.exp(
     metrics.spread([math.fsum(r["nll"]) / len(r["nll"]) for r in results])[0]
   )
-  for name in ("moved_bytes", "read_bytes", "tail"):
+  for name in ("moved_bytes", "read_bytes", "tail", "device_bytes", "host_bytes"):
     if name in results[0]:
       figures[name] = metrics.spread([r[name] for r in results])[0]
   return figures

@@ -15,7 +15,7 @@ from a2ats_jax.errors import UserError
 from a2ats_jax.generate import pad_prompts
 from a2ats_jax.models.model import Model
 from eval import harness, metrics, plots, ruler
-from eval.decode import greedy_from
+from eval.decode import bytes_of, greedy_from
 from eval.options import Case, CommonOptions, Progress, cases_of, check_context, config_of, row_of
 from eval.record import record, replay
 from eval.results import Row, open_run
@@ -175,10 +175,12 @@ def _measure(
     for index, prompt in zip(unit.indices, prompts)
   ]
   for case in cases:
+    state = replay(model.config, recording, case.method, new=options.new)
+    size = bytes_of((state, case.method))
     generated, stats = greedy_from(
       model.decoder,
       case.method,
-      replay(model.config, recording, case.method, new=options.new),
+      state,
       [prompt.ids[-1] for prompt in prompts],
       lengths,
       new=options.new,
@@ -192,14 +194,15 @@ def _measure(
       figures = [metrics.reading(s, row) for s in taken]
       if figures:
         result |= {k: metrics.spread([f[k] for f in figures])[0] for k in figures[0]}
-      line["results"].append(result)
+      line["results"].append(result | size)
     step(T=float(unit.T), score=metrics.spread([line["results"][-1]["score"] for line in lines])[0])
   return lines
 
 
 def _summary(results: Sequence[Row]) -> Row:
   figures: Row = {}
-  for name in ("read", "selected", "moved_bytes", "read_bytes", "tail"):
+  sizes = ("moved_bytes", "read_bytes", "tail", "device_bytes", "host_bytes")
+  for name in ("read", "selected", *sizes):
     there = [r[name] for r in results if name in r]
     if there:
       figures[name] = metrics.spread(there)[0]

@@ -1,0 +1,224 @@
+"""The benchmarks as commands."""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from a2ats_jax.bars import Bars
+from a2ats_jax.cli_args import MethodArgs, codebooks, load, numbers, report
+from a2ats_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Benchmark(MethodArgs):
+  """What every benchmark takes."""
+
+  methods: str = "full,oracle,a2ats,a2ats-plus"
+  """KV methods, comma-separated, with options as in a2ats-plus:far=segments(16). Full attention
+  and the oracle are always run beside them."""
+  T: str = "4096"
+  """Prompt lengths in tokens, comma-separated."""
+  budget: str = "0.03,0.01"
+  """Far tokens a query head reads: below 1 (and 1 itself) a share of the context, from 2 on a
+  number of tokens; comma-separated."""
+  limit: int = 4
+  """Prompts of each kind and length."""
+  batch: int = 1
+  """Prompts run at once."""
+  seed: int = 0
+  """Of everything that is drawn."""
+  out: Path | None = None
+  """Directory for config.yaml, metrics.json, predictions.jsonl and plots; a killed run goes on."""
+  json: bool = False
+  """Print the result rows as JSON lines on stdout instead of a table."""
+  text: tuple[Path, ...] = ()
+  """UTF-8 files of prose, each its own kind. Default: held-out reference text of CPython."""
+
+  def shared(self) -> dict[str, Any]:
+    """The options that all benchmarks share, parsed."""
+    from a2ats_jax.budget import Budget
+    from eval.options import parse_methods
+
+    return {
+      "methods": parse_methods(self.methods),
+      "budgets": tuple(Budget.parse(part) for part in self.budget.split(",")),
+      "T": numbers("T", self.T),
+      "limit": self.limit,
+      "batch": self.batch,
+      "seed": self.seed,
+      "out": self.out,
+    }
+
+  def report(self, rows: Sequence[dict[str, Any]]) -> None:
+    """Rows as a table on stdout, or as JSON lines."""
+    report(rows, json=self.json, out=self.out)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Fidelity(Benchmark):
+  """How far next-token distributions are from full attention's on held-out text."""
+
+  new: int = 32
+  """Tokens fed after each prompt."""
+
+  def run(self) -> None:
+    from eval import fidelity, texts
+
+    options = fidelity.FidelityOptions(**self.shared(), new=self.new)
+    kinds, model = texts.gather(self.text), load(self)
+    with Bars() as bars:
+      rows = fidelity.run(model, options, kinds, codebooks=codebooks(self, model), progress=bars)
+    self.report(rows)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Recall(Benchmark):
+  """What share of true attention, and of the true top tokens, a selection catches."""
+
+  new: int = 32
+  """Tokens fed after each prompt."""
+
+  def run(self) -> None:
+    from eval import recall, texts
+
+    options = recall.RecallOptions(**self.shared(), new=self.new)
+    kinds, model = texts.gather(self.text), load(self)
+    with Bars() as bars:
+      rows = recall.run(model, options, kinds, codebooks=codebooks(self, model), progress=bars)
+    self.report(rows)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Needle(Benchmark):
+  """RULER's single needle in noise and in prose at several depths: is the number still found?"""
+
+  new: int = 16
+  """Tokens generated for each answer at most."""
+  limit: int = 5
+  """Prompts of each haystack and length; the depths take turns."""
+  haystacks: str = "noise,prose"
+  """What the needle is hidden in: noise (RULER's sentences), prose (--text), or both."""
+  depths: str = "0.1,0.3,0.5,0.7,0.9"
+  """Where it is hidden, 0 at the beginning of the haystack to 1 at its end."""
+  chat: bool = False
+  """Ask through the model's chat template."""
+
+  def run(self) -> None:
+    from eval import needle, texts
+
+    try:
+      depths = tuple(float(part) for part in self.depths.split(","))
+    except ValueError:
+      raise UserError(f"depths: expected numbers in [0, 1], got {self.depths!r}") from None
+    options = needle.NeedleOptions(
+      **self.shared(),
+      new=self.new,
+      haystacks=tuple(self.haystacks.split(",")),
+      depths=depths,
+      chat=self.chat,
+    )
+    kinds, model = texts.gather(self.text), load(self)
+    with Bars() as bars:
+      rows = needle.run(model, options, kinds, codebooks=codebooks(self, model), progress=bars)
+    self.report(rows)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Speed(MethodArgs):
+  """How long a decode step takes beside plain attention: one attention layer, or a whole model."""
+
+  what: Literal["attention", "model"] = "attention"
+  """One layer on keys drawn as unevenly as a real model's, or decode steps of --model after a
+  text."""
+  methods: str = "a2ats-plus"
+  """KV methods, comma-separated, with options. Beside each, in every round: full attention, and the
+  fastest other plain form (jax.nn.dot_product_attention; for a model, attention in blocks)."""
+  T: str = ""
+  """Prompt lengths in tokens, comma-separated. Default: 8192,32768,131072, for a model
+  2048,4096,8000."""
+  budget: str = "0.03,2048/kv"
+  """Far tokens read: below 1 (and 1 itself) a share of the context, from 2 on a number of tokens,
+  for each query head, or with /kv for each KV head; comma-separated."""
+  dtype: str = ""
+  """Of one layer's keys, values and queries: float32, bfloat16 or both (the default). A model runs
+  in float32."""
+  batch: str = ""
+  """Rows, comma-separated. Default: 1, for a model 1,4,8, whose rows all continue one text."""
+  heads: int | None = None
+  """Query heads of the layer. Default: 32, as Llama-3.1-8B has."""
+  kv_heads: int | None = None
+  """KV heads of the layer. Default: 8."""
+  head_dim: int | None = None
+  """Numbers of a head's vector. Default: 128."""
+  codewords: int | None = None
+  """Codewords of each of the layer's codebooks. Default: 1024."""
+  rounds: int = 15
+  """Timed rounds, each of which runs everything once; figures are medians and quartiles."""
+  seed: int = 0
+  """Of everything that is drawn."""
+  out: Path | None = None
+  """Directory for config.yaml, metrics.json, predictions.jsonl and the plot; a killed run goes
+  on."""
+  json: bool = False
+  """Print the result rows as JSON lines on stdout instead of a table."""
+  text: Path | None = None
+  """A UTF-8 file of prose for the model. Default: held-out reference text of CPython."""
+
+  def run(self) -> None:
+    from a2ats_jax.budget import Budget
+    from eval import speed, texts
+    from eval.options import parse_methods
+    from eval.speed_inputs import LayerShape
+
+    layer = {name: getattr(self, name) for name in ("heads", "kv_heads", "head_dim", "codewords")}
+    given = {name: value for name, value in layer.items() if value is not None}
+    whole = self.what == "model"
+    others = given if whole else {"codebook": self.codebook, "text": self.text}
+    for name, value in others.items():
+      if value not in ("", None):
+        flag = name.replace("_", "-")
+        raise UserError(f"{flag}: has no meaning with --what {self.what}; leave --{flag} out")
+    options = speed.SpeedOptions(
+      what=self.what,
+      methods=parse_methods(self.methods),
+      budgets=tuple(Budget.parse(part) for part in self.budget.split(",")),
+      T=numbers("T", self.T or ("2048,4096,8000" if whole else "8192,32768,131072")),
+      batch=numbers("batch", self.batch or ("1,4,8" if whole else "1")),
+      dtypes=tuple((self.dtype or ("float32" if whole else "float32,bfloat16")).split(",")),
+      rounds=self.rounds,
+      seed=self.seed,
+      shape=LayerShape(**given),
+      out=self.out,
+    )
+    if not whole:
+      with Bars() as bars:
+        rows = speed.run_attention(options, progress=bars)
+    else:
+      (text,), model = texts.gather([self.text] if self.text else []), load(self)
+      books = codebooks(self, model)
+      with Bars() as bars:
+        rows = speed.run_model(model, options, text, codebooks=books, progress=bars)
+    report(rows, json=self.json, out=self.out)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Eval:
+  """Measure KV methods against full attention and the top-k oracle in one run."""
+
+  benchmark: (
+    Annotated[Fidelity, tyro.conf.subcommand("fidelity")]
+    | Annotated[Recall, tyro.conf.subcommand("recall")]
+    | Annotated[Needle, tyro.conf.subcommand("needle")]
+    | Annotated[Speed, tyro.conf.subcommand("speed")]
+  )
+
+  @property
+  def resumes(self) -> bool:
+    """Whether finished prompts are kept when it is stopped."""
+    return self.benchmark.out is not None
+
+  def run(self) -> None:
+    self.benchmark.run()
