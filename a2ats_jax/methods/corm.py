@@ -5,12 +5,14 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from a2ats_jax import attention
 from a2ats_jax.budget import Budget
 from a2ats_jax.errors import UserError
-from a2ats_jax.methods import kept
+from a2ats_jax.methods import kept, layer_budget
 from a2ats_jax.methods.base import Geometry, Needs, PromptLayer, Stats, token_by_token
+from a2ats_jax.methods.layer_budget import Curves
 from a2ats_jax.rope import Rope, rotate
 from a2ats_jax.typing import Array, Bool, Float, Int, UInt
 
@@ -29,7 +31,9 @@ class CORMState:
 
 
 @partial(
-  jax.tree_util.register_dataclass, data_fields=[], meta_fields=["budget", "window", "recent"]
+  jax.tree_util.register_dataclass,
+  data_fields=[],
+  meta_fields=["budget", "window", "recent", "profile"],
 )
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CORM:
@@ -52,11 +56,14 @@ class CORM:
     budget: bound on the tokens of each KV head.
     window: w, queries remembered, a multiple of 8.
     recent: latest tokens that stay.
+    profile: curves of a model, which share the budget out to its layers
+      (:mod:`a2ats_jax.methods.layer_budget`); none for equal shares.
   """
 
   budget: Budget
   window: int = 256
   recent: int = 256
+  profile: Curves = ()
 
   def __post_init__(self):
     if self.window < 8 or self.window % 8 or self.recent < 1:
@@ -74,8 +81,9 @@ class CORM:
     return Needs(queries=self.window)
 
   def init(self, geometry: Geometry) -> CORMState:
-    size = max(int(self.budget.resolve(geometry.capacity).max()), self.recent)
-    cache = kept.empty(geometry, [min(size, geometry.capacity)] * geometry.layers)
+    table = layer_budget.granted(self.budget, geometry.capacity, geometry.layers, self.profile)
+    sizes = np.clip(table.max(axis=1), self.recent, None)
+    cache = kept.empty(geometry, np.minimum(sizes, geometry.capacity).tolist())
     shape = (*cache.positions.shape, self.window // 8)
     return CORMState(cache, jnp.zeros(shape, jnp.uint8))
 
@@ -144,7 +152,7 @@ class CORM:
     votes = kept.beside(state.votes, state.cache, layer)
     late = held.positions > (now - self.recent)[:, None, None]
     worth = jnp.where(late, jnp.inf, _many(votes))
-    allowed = jnp.full(now.shape, max(state.cache.sizes), jnp.int32)
+    allowed = jnp.broadcast_to(state.cache.size(layer), now.shape)
     slot = kept.slot_for(held, state.cache.size(layer), allowed, worth, now)
     cache = kept.place(state.cache, k, v, slot[..., None], positions, layer)
     held = kept.read(cache, layer)

@@ -5,12 +5,14 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from a2ats_jax import attention
 from a2ats_jax.budget import Budget
 from a2ats_jax.errors import UserError
-from a2ats_jax.methods import kept
+from a2ats_jax.methods import kept, layer_budget
 from a2ats_jax.methods.base import Geometry, Needs, PromptLayer, Stats, token_by_token
+from a2ats_jax.methods.layer_budget import Curves
 from a2ats_jax.rope import Rope, rotate
 from a2ats_jax.typing import Array, Float, Int
 
@@ -24,7 +26,7 @@ class H2OState:
   scores: Float[Array, "B K pool"]
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=[], meta_fields=["budget"])
+@partial(jax.tree_util.register_dataclass, data_fields=[], meta_fields=["budget", "profile"])
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class H2O:
   """Heavy-hitter oracle (2306.14048): half of the budget for tokens of most attention, half for the
@@ -43,9 +45,12 @@ class H2O:
 
   Attributes:
     budget: tokens of each KV head.
+    profile: curves of a model, which share the budget out to its layers
+      (:mod:`a2ats_jax.methods.layer_budget`); none for equal shares.
   """
 
   budget: Budget
+  profile: Curves = ()
 
   @property
   def name(self) -> str:
@@ -55,13 +60,13 @@ class H2O:
   def needs(self) -> Needs:
     return Needs(sums=True)
 
-  def _allowed(self, longest: int) -> Int[Array, "lengths"]:
+  def _allowed(self, longest: int, layers: int) -> Int[np.ndarray, "L lengths"]:
     """Tokens held at every length."""
-    return jnp.maximum(jnp.asarray(self.budget.resolve(longest)), 2)
+    return np.maximum(layer_budget.granted(self.budget, longest, layers, self.profile), 2)
 
   def init(self, geometry: Geometry) -> H2OState:
-    size = max(int(self.budget.resolve(geometry.capacity).max()), 2)
-    cache = kept.empty(geometry, [size] * geometry.layers)
+    table = self._allowed(geometry.capacity, geometry.layers)
+    cache = kept.empty(geometry, table.max(axis=1).tolist())
     return H2OState(cache, jnp.zeros(cache.positions.shape))
 
   def absorb(self, state: H2OState, prompt: PromptLayer, *, layer: int | Array) -> H2OState:
@@ -69,7 +74,8 @@ class H2O:
       raise UserError("h2o: the sums of the prompt's attention were not handed over")
     b, t, kv_heads, _ = prompt.keys.shape
     sums = jnp.sum(prompt.sums.reshape(b, kv_heads, -1, t), axis=2)
-    allowed = self._allowed(t)[prompt.lengths]
+    table = jnp.asarray(self._allowed(state.cache.capacity, len(state.cache.sizes)))
+    allowed = table[layer, prompt.lengths]
     slot = jnp.arange(t, dtype=jnp.int32)[None]
     recent = slot >= (prompt.lengths - allowed // 2)[:, None]
     worth = jnp.where(recent[:, None], jnp.inf, sums)
@@ -91,10 +97,12 @@ class H2O:
     rope: Rope,
     layer: int | Array,
   ) -> tuple[Float[Array, "B S H D"], H2OState, Stats]:
+    table = jnp.asarray(self._allowed(state.cache.capacity, len(state.cache.sizes)))
+
     def step(state: H2OState, q: Array, k: Array, v: Array, positions: Array):
       now, held = positions[:, 0], kept.read(state.cache, layer)
       old = kept.beside(state.scores, state.cache, layer)
-      allowed = self._allowed(state.cache.capacity)[now + 1]
+      allowed = table[layer, now + 1]
       recent = held.positions > (now - allowed // 2)[:, None, None]
       worth = jnp.where(recent, jnp.inf, old)
       slot = kept.slot_for(held, state.cache.size(layer), allowed, worth, now)

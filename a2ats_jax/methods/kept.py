@@ -6,7 +6,7 @@ holds; which tokens deserve one is the method's business.
 """
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from functools import partial
 
 import jax
@@ -14,7 +14,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from a2ats_jax import attention
-from a2ats_jax.budget import Budget
 from a2ats_jax.methods.base import Geometry, PromptLayer, Stats
 from a2ats_jax.methods.dense import attend_masked, on_device, token_bytes
 from a2ats_jax.rope import Rope, rotate
@@ -83,20 +82,6 @@ def empty(geometry: Geometry, sizes: Iterable[int]) -> KeptCache:
     sizes,
     g.capacity,
   )
-
-
-def granted(
-  budget: Budget, longest: int, layers: int, shares: Sequence[float] = ()
-) -> Int[np.ndarray, "L lengths"]:
-  """Tokens that a KV head of each layer may keep, at every context length 0 .. ``longest``.
-
-  Args:
-    shares: of each layer, relative to the mean; equal where there are none. A layer is never
-      granted more than the context.
-  """
-  tokens = budget.resolve(longest)[None].astype(np.float64)
-  table = tokens * np.asarray(shares or [1.0] * layers, np.float64)[:, None]
-  return np.minimum(np.rint(table), np.arange(longest + 1)).astype(np.int32)
 
 
 def best(

@@ -9,13 +9,16 @@ import numpy as np
 
 from a2ats_jax.budget import Budget
 from a2ats_jax.errors import UserError
-from a2ats_jax.methods import kept
+from a2ats_jax.methods import kept, layer_budget
 from a2ats_jax.methods.base import Geometry, PromptLayer, Stats
+from a2ats_jax.methods.layer_budget import Curves
 from a2ats_jax.rope import Rope
 from a2ats_jax.typing import Array, Float, Int
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=[], meta_fields=["budget", "skip"])
+@partial(
+  jax.tree_util.register_dataclass, data_fields=[], meta_fields=["budget", "skip", "profile"]
+)
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class L2Norm:
   """L2-norm eviction (2406.11430; KnormPress of NVIDIA/kvpress).
@@ -35,10 +38,13 @@ class L2Norm:
   Attributes:
     budget: tokens of the prompt that each KV head keeps.
     skip: first layers that keep everything, 2 as in the paper: their keys' norms say little.
+    profile: curves of a model, which share the budget out to its layers
+      (:mod:`a2ats_jax.methods.layer_budget`); none for equal shares.
   """
 
   budget: Budget
   skip: int = 2
+  profile: Curves = ()
 
   def __post_init__(self):
     if self.skip < 0:
@@ -49,7 +55,7 @@ class L2Norm:
     return "l2norm"
 
   def _granted(self, longest: int, layers: int) -> Int[np.ndarray, "L lengths"]:
-    table = kept.granted(self.budget, longest, layers)
+    table = layer_budget.granted(self.budget, longest, layers, self.profile)
     table[: self.skip] = np.arange(longest + 1)
     return table
 

@@ -1,10 +1,7 @@
 """PrefixKV: of every layer, the tokens that carry the same share of its attention."""
 
 import dataclasses
-import json
-from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -13,83 +10,13 @@ import numpy as np
 from a2ats_jax import attention
 from a2ats_jax.budget import Budget
 from a2ats_jax.errors import UserError
-from a2ats_jax.files import write_atomically
-from a2ats_jax.methods import kept
+from a2ats_jax.methods import kept, layer_budget
 from a2ats_jax.methods.base import Geometry, Needs, PromptLayer, Stats, token_by_token
+from a2ats_jax.methods.layer_budget import Curves
 from a2ats_jax.rope import Rope, rotate
 from a2ats_jax.typing import Array, Float, Int
 
-POINTS = 200  # steps of a profile's curves, from no token to all
 _BACK = 25  # the token that goes is this many from the end
-
-Curves = tuple[tuple[float, ...], ...]
-
-
-def curves_of(sums: Float[np.ndarray, "L H T"]) -> Curves:
-  """How much of each layer's attention its best tokens carry, for one prompt.
-
-  Args:
-    sums: attention that each of the prompt's tokens received, without padding.
-
-  Returns:
-    Of every layer ``POINTS + 1`` numbers: the share carried by the best 0, 1, ... of POINTS parts
-    of the tokens. Average over prompts what is to serve many.
-  """
-  importance = np.sort(sums.astype(np.float64).mean(axis=1), axis=-1)[:, ::-1]
-  carried = np.concatenate([np.zeros((len(sums), 1)), np.cumsum(importance, axis=-1)], axis=-1)
-  carried /= carried[:, -1:]
-  places = np.linspace(0, 1, sums.shape[2] + 1)
-  grid = np.linspace(0, 1, POINTS + 1)
-  return tuple(tuple(np.interp(grid, places, row).tolist()) for row in carried)
-
-
-def shares_of(curves: Curves, ratio: float) -> tuple[float, ...]:
-  """What each layer keeps, relative to the mean, so that all carry the same share of attention.
-
-  One threshold for all layers, found by halving: each keeps its smallest prefix of tokens that
-  carries at least that share, and all together keep ``ratio`` of the tokens.
-
-  Args:
-    ratio: of the tokens kept over all layers, above 0.
-  """
-  grid = np.linspace(0, 1, POINTS + 1)
-  table = np.asarray(curves)
-
-  def fractions(threshold: float) -> np.ndarray:
-    return np.array([np.interp(threshold, row, grid) for row in table])
-
-  low, high = 0.0, 1.0
-  for _ in range(50):
-    middle = (low + high) / 2
-    low, high = (middle, high) if fractions(middle).mean() < ratio else (low, middle)
-  kept_of = fractions(high)
-  return tuple((kept_of / kept_of.mean()).tolist())
-
-
-def save_profile(path: Path, curves: Curves) -> None:
-  """Write a profile as JSON: ``{"curves": [[...], ...]}``, one list a layer."""
-  write_atomically(path, json.dumps({"curves": curves}))
-
-
-def load_profile(text: str) -> Curves:
-  """A profile from a file, or none for the word ``uniform``.
-
-  Raises:
-    UserError: no such file, or it holds no curves that rise from 0 to 1.
-  """
-  if text == "uniform":
-    return ()
-  try:
-    read = json.loads(Path(text).read_text())["curves"]
-    table = np.asarray(read, np.float64)
-  except (OSError, ValueError, KeyError, TypeError) as error:
-    raise UserError(f"profile: expected uniform or a profile's JSON file, got {text!r}") from error
-  rising = table.ndim == 2 and table.shape[1] == POINTS + 1 and np.all(np.diff(table) >= 0)
-  if not rising or np.any(table[:, 0] != 0) or not np.allclose(table[:, -1], 1):
-    raise UserError(
-      f"profile: {text}: expected curves of {POINTS + 1} points from 0 to 1, one a layer"
-    )
-  return tuple(tuple(row) for row in table.tolist())
 
 
 @partial(
@@ -114,7 +41,7 @@ class PrefixKV:
 
   Attributes:
     budget: tokens of each KV head, averaged over layers.
-    profile: curves of :func:`curves_of`; none for equal shares.
+    profile: curves of :func:`layer_budget.curves_of`; none for equal shares.
     start: first tokens that stay.
   """
 
@@ -132,15 +59,8 @@ class PrefixKV:
 
   def granted(self, longest: int, layers: int) -> Int[np.ndarray, "L lengths"]:
     """Tokens that each layer holds, by the length of a row; at least start, the last and one."""
-    shares: Sequence[float] = ()
-    if self.profile:
-      if len(self.profile) != layers:
-        raise UserError(
-          f"prefixkv: the profile is of {len(self.profile)} layers, the model has {layers}"
-        )
-      ratio = float(self.budget.resolve(longest)[-1]) / longest
-      shares = shares_of(self.profile, ratio) if ratio > 0 else ()
-    return np.maximum(kept.granted(self.budget, longest, layers, shares), self.start + 2)
+    table = layer_budget.granted(self.budget, longest, layers, self.profile)
+    return np.maximum(table, self.start + 2)
 
   def init(self, geometry: Geometry) -> kept.KeptCache:
     return kept.empty(

@@ -23,8 +23,9 @@ from a2ats_jax.methods.full import Full
 from a2ats_jax.methods.h2o import H2O
 from a2ats_jax.methods.kivi import KIVI
 from a2ats_jax.methods.l2norm import L2Norm
+from a2ats_jax.methods.layer_budget import load_profile
 from a2ats_jax.methods.oracle import Oracle
-from a2ats_jax.methods.prefixkv import PrefixKV, load_profile
+from a2ats_jax.methods.prefixkv import PrefixKV
 from a2ats_jax.methods.qpruning import QPruningKV
 from a2ats_jax.methods.quest import Quest
 from a2ats_jax.methods.shadowkv import ShadowKV
@@ -157,6 +158,8 @@ def _far(far: str, tail: str) -> Mapping[str, Option]:
   }
 
 
+PROFILE = Option(default="uniform", read=load_profile)
+
 PAGES: Mapping[str, Option] = MappingProxyType(
   {
     "page": Option(default="16", read=read_count),
@@ -203,8 +206,12 @@ METHODS: Table = MappingProxyType(
       far="segments(8)",
       tail="centroid",
     ),
-    "streaming": _entry("the first tokens and the latest", Streaming, sinks=_count(4)),
-    "l2norm": _entry("of the prompt, the tokens with the smallest keys", L2Norm, skip=_count(2)),
+    "streaming": _entry(
+      "the first tokens and the latest", Streaming, sinks=_count(4), profile=PROFILE
+    ),
+    "l2norm": _entry(
+      "of the prompt, the tokens with the smallest keys", L2Norm, skip=_count(2), profile=PROFILE
+    ),
     "snapkv": _entry(
       "of the prompt, the tokens that its last queries attend to",
       SnapKV,
@@ -212,19 +219,21 @@ METHODS: Table = MappingProxyType(
       kernel=_count(7),
       pool=Option(default="max", read=one_of("max", "mean")),
       layers=Option(default="uniform", read=one_of("uniform", "pyramid")),
+      profile=PROFILE,
     ),
-    "h2o": _entry("the tokens of most attention so far, and the latest", H2O),
+    "h2o": _entry("the tokens of most attention so far, and the latest", H2O, profile=PROFILE),
     "prefixkv": _entry(
       "of each layer, the tokens that carry the same share of its attention",
       PrefixKV,
-      profile=Option(default="uniform", read=load_profile),
       start=_count(1),
+      profile=PROFILE,
     ),
     "corm": _entry(
       "tokens that one of the last queries found important, and the latest",
       CORM,
       window=_count(256),
       recent=_count(256),
+      profile=PROFILE,
     ),
     "think": _entry(
       "keys without the channels that say least",

@@ -11,8 +11,9 @@ import numpy as np
 from a2ats_jax import attention
 from a2ats_jax.budget import Budget
 from a2ats_jax.errors import UserError
-from a2ats_jax.methods import kept
+from a2ats_jax.methods import kept, layer_budget
 from a2ats_jax.methods.base import Geometry, Needs, PromptLayer, Stats
+from a2ats_jax.methods.layer_budget import Curves
 from a2ats_jax.rope import Rope
 from a2ats_jax.typing import Array, Float, Int
 
@@ -23,7 +24,7 @@ _FIRST = 1e6  # added to the scores of the window, which always stays
 @partial(
   jax.tree_util.register_dataclass,
   data_fields=[],
-  meta_fields=["budget", "window", "kernel", "pool", "layers"],
+  meta_fields=["budget", "window", "kernel", "pool", "layers", "profile"],
 )
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SnapKV:
@@ -45,6 +46,8 @@ class SnapKV:
     kernel: tokens pooled, an odd number.
     pool: ``max`` as published, or ``mean``, kvpress's.
     layers: ``uniform``, or ``pyramid``: budgets fall linearly with depth (2406.02069; beta 20).
+    profile: curves of a model, which share the budget out to its layers
+      (:mod:`a2ats_jax.methods.layer_budget`); none for equal shares.
   """
 
   budget: Budget
@@ -52,6 +55,7 @@ class SnapKV:
   kernel: int = 7
   pool: Literal["max", "mean"] = "max"
   layers: Literal["uniform", "pyramid"] = "uniform"
+  profile: Curves = ()
 
   def __post_init__(self):
     if self.window < 1 or self.kernel < 1 or self.kernel % 2 == 0:
@@ -59,6 +63,8 @@ class SnapKV:
         "snapkv: window must be at least 1 query and kernel an odd number of tokens, got "
         f"{self.window} and {self.kernel}"
       )
+    if self.layers == "pyramid" and self.profile:
+      raise UserError("snapkv: expected layers=uniform with a profile, got layers=pyramid")
 
   @property
   def name(self) -> str:
@@ -71,7 +77,7 @@ class SnapKV:
   def granted(self, longest: int, layers: int) -> Int[np.ndarray, "L lengths"]:
     """Tokens that a KV head of each layer keeps, by the prompt's length."""
     if self.layers == "uniform" or layers == 1:
-      return kept.granted(self.budget, longest, layers)
+      return layer_budget.granted(self.budget, longest, layers, self.profile)
     total = self.budget.resolve(longest).astype(np.int64)
     window = np.minimum(self.window, total)
     low = (total - window) // _BETA

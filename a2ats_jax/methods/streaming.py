@@ -5,17 +5,21 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from a2ats_jax import attention
 from a2ats_jax.budget import Budget
 from a2ats_jax.errors import UserError
-from a2ats_jax.methods import kept
+from a2ats_jax.methods import kept, layer_budget
 from a2ats_jax.methods.base import Geometry, PromptLayer, Stats, token_by_token
+from a2ats_jax.methods.layer_budget import Curves
 from a2ats_jax.rope import Rope, rotate
 from a2ats_jax.typing import Array, Float, Int
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=[], meta_fields=["budget", "sinks"])
+@partial(
+  jax.tree_util.register_dataclass, data_fields=[], meta_fields=["budget", "sinks", "profile"]
+)
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Streaming:
   """Attention sinks and a window that slides (StreamingLLM, 2309.17453).
@@ -33,10 +37,13 @@ class Streaming:
   Attributes:
     budget: tokens of each KV head, sinks included.
     sinks: first tokens that stay.
+    profile: curves of a model, which share the budget out to its layers
+      (:mod:`a2ats_jax.methods.layer_budget`); none for equal shares.
   """
 
   budget: Budget
   sinks: int = 4
+  profile: Curves = ()
 
   @property
   def name(self) -> str:
@@ -46,19 +53,21 @@ class Streaming:
     if self.sinks < 0:
       raise UserError(f"streaming: sinks must be 0 or more, got {self.sinks}")
 
-  def _allowed(self, longest: int) -> Int[Array, "lengths"]:
+  def _allowed(self, longest: int, layers: int) -> Int[np.ndarray, "L lengths"]:
     """Tokens held at every length."""
-    return jnp.maximum(jnp.asarray(self.budget.resolve(longest)), self.sinks + 1)
+    table = layer_budget.granted(self.budget, longest, layers, self.profile)
+    return np.maximum(table, self.sinks + 1)
 
   def init(self, geometry: Geometry) -> kept.KeptCache:
-    size = max(int(self.budget.resolve(geometry.capacity).max()), self.sinks + 1)
-    return kept.empty(geometry, [size] * geometry.layers)
+    table = self._allowed(geometry.capacity, geometry.layers)
+    return kept.empty(geometry, table.max(axis=1).tolist())
 
   def absorb(
     self, state: kept.KeptCache, prompt: PromptLayer, *, layer: int | Array
   ) -> kept.KeptCache:
     _, t, kv_heads, _ = prompt.keys.shape
-    recent = self._allowed(t)[prompt.lengths] - self.sinks
+    table = jnp.asarray(self._allowed(state.capacity, len(state.sizes)))
+    recent = table[layer, prompt.lengths] - self.sinks
     slot = jnp.arange(t, dtype=jnp.int32)[None]
     stays = (slot < self.sinks) | (slot >= (prompt.lengths - recent)[:, None])
     stays &= slot < prompt.lengths[:, None]
@@ -76,10 +85,12 @@ class Streaming:
     rope: Rope,
     layer: int | Array,
   ) -> tuple[Float[Array, "B S H D"], kept.KeptCache, Stats]:
+    table = jnp.asarray(self._allowed(state.capacity, len(state.sizes)))
+
     def step(state: kept.KeptCache, q: Array, k: Array, v: Array, positions: Array):
       now, held = positions[:, 0], kept.read(state, layer)
       worth = jnp.where(held.positions < self.sinks, jnp.inf, held.positions.astype(jnp.float32))
-      allowed = self._allowed(state.capacity)[now + 1]
+      allowed = table[layer, now + 1]
       slot = kept.slot_for(held, state.size(layer), allowed, worth, now)
       k = rotate(k, positions, rope)
       state = kept.place(state, k, v, slot[..., None], positions, layer)

@@ -12,7 +12,8 @@ from a2ats_jax.methods import kept
 from a2ats_jax.methods.corm import CORM
 from a2ats_jax.methods.h2o import H2O
 from a2ats_jax.methods.l2norm import L2Norm
-from a2ats_jax.methods.prefixkv import PrefixKV, curves_of, load_profile, save_profile, shares_of
+from a2ats_jax.methods.layer_budget import curves_of, load_profile, save_profile, shares_of
+from a2ats_jax.methods.prefixkv import PrefixKV
 from a2ats_jax.methods.snapkv import SnapKV
 from a2ats_jax.methods.streaming import Streaming
 from tests import cases
@@ -257,6 +258,50 @@ def test_a_profile_gives_layers_what_they_need(tmp_path):
   ).sizes
   assert sizes[0] < sizes[1]
   assert sum(sizes) == pytest.approx(2 * 0.3 * 46, abs=3)
+
+
+def lopsided(layers: int = 2):
+  """Curves of a first layer whose attention lies on few tokens and of others where it is even."""
+  sums = np.ones((layers, 1, 400))
+  sums[0] = 1e-4
+  sums[0, :, :20] = 1.0
+  return curves_of(sums)
+
+
+@pytest.mark.parametrize(
+  "method",
+  [
+    Streaming(budget=BUDGET, profile=lopsided()),
+    L2Norm(budget=BUDGET, skip=0, profile=lopsided()),
+    SnapKV(budget=BUDGET, window=4, profile=lopsided()),
+    H2O(budget=BUDGET, profile=lopsided()),
+    PrefixKV(budget=BUDGET, profile=lopsided()),
+    CORM(budget=BUDGET, window=8, recent=2, profile=lopsided()),
+  ],
+  ids=lambda method: method.name,
+)
+def test_every_evicting_method_takes_a_profile(method):
+  """Layers hold what the profile grants them, as many together as without one, also later."""
+  cache = cases.draw_cache(SHAPE, seed=0, lengths=[40, 31, 12])
+  plain = dataclasses.replace(method, profile=())
+  want = cases.prefilled(plain, cache)
+  got = cases.prefilled(method, cache)
+  sizes, even = ((x.cache if hasattr(x, "cache") else x).sizes for x in (got, want))
+  assert sizes[0] < even[0] < sizes[1]
+  if method.name not in ("l2norm", "snapkv"):  # these have a slot for every later token as well
+    assert abs(sum(sizes) - sum(even)) <= 2 * 3
+  for ran in cases.run_steps(method, cache, 6):
+    held = kept.read(ran.state.cache if hasattr(ran.state, "cache") else ran.state, ran.layer)
+    assert np.all(np.sum(np.asarray(held.positions) >= 0, axis=-1) <= sizes[ran.layer])
+    assert np.all(np.asarray(ran.stats.read) >= 1)
+  assert np.max(np.asarray(held.positions)) >= 44  # the last token is there
+  with pytest.raises(UserError, match="curves of 2 layers, got 3"):
+    dataclasses.replace(method, profile=lopsided(3)).init(SHAPE.geometry)
+
+
+def test_a_pyramid_and_a_profile_exclude_each_other():
+  with pytest.raises(UserError, match="layers=uniform with a profile"):
+    SnapKV(budget=BUDGET, layers="pyramid", profile=lopsided())
 
 
 def test_best_gives_ties_to_the_earlier_token():
