@@ -272,6 +272,85 @@ class Plan:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Methods:
+  """List the KV methods: what each keeps a token on device and host, and what it asks for."""
+
+  methods: str = "all"
+  """KV methods, comma-separated, with options."""
+  model: str = "llama-3.1-8b"
+  """llama-3.1-8b, qwen2.5-7b, mistral-7b, smollm2-135m, a .gguf file or a Hugging Face directory.
+  Weights are not read, nothing is allocated."""
+  budget: str = "0.1"
+  """Tokens kept or read, where a method takes a budget: 0.1 is a share of the context, which
+  evicting methods keep; 2048 a number of tokens."""
+  codewords: int = 1024
+  """Codewords of every codebook (one per layer and KV head), up to 65536."""
+  dtype: Literal["bfloat16", "float32"] = "bfloat16"
+  """Of cached keys and values."""
+  json: bool = False
+  """Print the rows as JSON lines on stdout instead of a table."""
+
+  def run(self) -> None:
+    from rich.console import Console
+
+    from a2ats_jax import footprint, plan_known
+    from a2ats_jax.budget import Budget
+    from a2ats_jax.methods.registry import parse_methods
+
+    rows = footprint.rows(
+      parse_methods(self.methods),
+      plan_known.find_model(self.model),
+      model=self.model,
+      budget=Budget.parse(self.budget),
+      codewords=self.codewords,
+      dtype=self.dtype,
+    )
+    if self.json:
+      for row in rows:
+        print(json.dumps(row))
+      return
+    console = Console() if sys.stdout.isatty() else Console(width=200)
+    console.print(
+      f"{self.model}, cache {self.dtype}, budget {self.budget}: bytes that each further token of a "
+      f"prompt adds, all layers; full attention's are {rows[0]['full_bytes_a_token']:,}",
+      style="italic",
+      highlight=False,
+    )
+    console.print(footprint.table(rows))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Profile(ModelArgs):
+  """Measure how each layer's attention lies over its tokens: budgets by layer, profile=FILE."""
+
+  out: Path
+  """The JSON file to write."""
+  T: int = 4096
+  """Tokens of each prompt."""
+  limit: int = 4
+  """Prompts of each text; their curves are averaged."""
+  text: tuple[Path, ...] = ()
+  """UTF-8 files. Default: the half of CPython's reference text that codebooks are trained on."""
+  seed: int = 0
+  """Which parts of the texts."""
+
+  def run(self) -> None:
+    from eval import profile, texts
+    from train_codebooks.texts import pydoc_calibration
+
+    if self.limit < 1 or self.T < 2:
+      raise UserError(
+        f"profile: expected at least 1 prompt of 2 tokens, got {self.limit} of {self.T}"
+      )
+    kinds = texts.gather(self.text) if self.text else (pydoc_calibration(),)
+    model = load(self)
+    options = {"T": self.T, "limit": self.limit, "seed": self.seed}
+    with Bars() as bars:
+      profile.measure(model, kinds, self.out, **options, progress=bars)
+    print(f"profile in {self.out}; use it as prefixkv:profile={self.out}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Demo:
   """Fetch a model, train small codebooks, and answer a 4K-token prompt with and without A2ATS."""
 
@@ -293,6 +372,8 @@ Command = (
   | Annotated[Generate, tyro.conf.subcommand("generate")]
   | Annotated[Eval, tyro.conf.subcommand("eval")]
   | Annotated[Plan, tyro.conf.subcommand("plan")]
+  | Annotated[Methods, tyro.conf.subcommand("methods")]
+  | Annotated[Profile, tyro.conf.subcommand("profile")]
   | Annotated[Demo, tyro.conf.subcommand("demo")]
 )
 

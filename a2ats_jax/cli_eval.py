@@ -127,6 +127,48 @@ class Needle(Benchmark):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Compare(Benchmark):
+  """All methods side by side: closeness, needles, and bytes read, moved and held, in one table."""
+
+  methods: str = "all"
+  """KV methods, comma-separated, with options; all is every method but the reference. Full
+  attention and the oracle are always run beside them."""
+  budget: str = "0.2,0.05"
+  """Tokens kept or read: below 1 (and 1 itself) a share of the context, from 2 on a number of
+  tokens; comma-separated. Methods without a budget run once."""
+  limit: int = 5
+  """Texts of each kind, and needle prompts of each haystack."""
+  benchmarks: str = "fidelity,needle"
+  """What is measured: fidelity, needle, or both."""
+  new: int = 32
+  """Tokens fed after each text."""
+  answer: int = 16
+  """Tokens generated for each needle at most."""
+  haystacks: str = "noise,prose"
+  """What needles are hidden in: noise (RULER's sentences), prose (--text), or both."""
+
+  def run(self) -> None:
+    from eval import compare, tables, texts
+
+    options = compare.CompareOptions(
+      **self.shared(),
+      new=self.new,
+      answer=self.answer,
+      benchmarks=tuple(self.benchmarks.split(",")),
+      haystacks=tuple(self.haystacks.split(",")),
+    )
+    kinds, model = texts.gather(self.text), load(self)
+    with Bars() as bars:
+      rows = compare.run(model, options, kinds, codebooks=codebooks(self, model), progress=bars)
+    if self.json:
+      self.report(rows)
+    else:
+      tables.console().print(tables.table(rows, compare.columns(rows)))
+      if self.out is not None:
+        print(f"results in {self.out}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Speed(MethodArgs):
   """How long a decode step takes beside plain attention: one attention layer, or a whole model."""
 
@@ -212,6 +254,7 @@ class Eval:
     Annotated[Fidelity, tyro.conf.subcommand("fidelity")]
     | Annotated[Recall, tyro.conf.subcommand("recall")]
     | Annotated[Needle, tyro.conf.subcommand("needle")]
+    | Annotated[Compare, tyro.conf.subcommand("compare")]
     | Annotated[Speed, tyro.conf.subcommand("speed")]
   )
 

@@ -26,6 +26,8 @@ LABELS: Mapping[str, str] = MappingProxyType(
     "budget": "budget of a query head",
     "read": "share of the cache read",
     "moved_bytes": "bytes moved a token",
+    "read_bytes": "bytes read a step",
+    "device_bytes": "bytes held on the device",
   }
 )
 _LOG = ("kl", "moved_bytes")
@@ -75,6 +77,59 @@ def _line(axis: Any, label: str, points: Sequence[Row], x: str, y: str) -> None:
     axis.plot(*zip(*drawn), marker="o", label=label)
   elif y not in _LOG:
     axis.axhline(points[0][y], linestyle="--", color="0.5", label=label)
+
+
+def pareto(rows: Sequence[Row], path: Path, *, x: str, y: str) -> None:
+  """Quality against bytes: a panel for each task and length, a point for each method and budget,
+  a grey line through those that no other beats in both.
+
+  Full attention's bytes are a vertical line. KL is drawn from the smallest that is not nought.
+  """
+  panels = list(dict.fromkeys((row["task"], row["T"]) for row in rows))
+  names = list(dict.fromkeys(label(row, rows) for row in rows))
+  style = {name: (f"C{i % 10}", "osD^vPX*<>"[i // 10 % 10]) for i, name in enumerate(names)}
+  figure = Figure(figsize=(4.6 * len(panels) + 2.2, 4.8), layout="constrained")
+  axes = figure.subplots(1, len(panels), squeeze=False)[0]
+  for axis, (task, length) in zip(axes, panels):
+    mine = [r for r in rows if (r["task"], r["T"]) == (task, length)]
+    mine = [r for r in mine if r.get(x) and r.get(y) is not None]
+    drawn = [r for r in mine if r["method"] != "full" and (y not in _LOG or r[y] > 0)]
+    for name in names:
+      points = sorted((r[x], r[y]) for r in drawn if label(r, rows) == name)
+      if points:
+        color, marker = style[name]
+        axis.plot(*zip(*points), marker=marker, color=color, linewidth=0.8, label=name)
+    best = frontier([(r[x], r[y]) for r in drawn], low=y in _LOG)
+    if best:
+      axis.step(*zip(*best), where="post", color="0.6", linewidth=2, alpha=0.6, zorder=0)
+    for row in mine:
+      if row["method"] == "full":
+        axis.axvline(row[x], linestyle="--", color="0.4", label="full")
+    axis.set(title=f"{task}, T = {length}", xlabel=LABELS.get(x, x), ylabel=LABELS.get(y, y))
+    axis.set_xscale("log")
+    if y in _LOG:
+      axis.set_yscale("log")
+    else:
+      axis.set_ylim(-0.03, 1.03)
+    axis.grid(alpha=0.3)
+  handles = {n: h for axis in axes for h, n in zip(*axis.get_legend_handles_labels())}
+  if handles:
+    figure.legend(handles.values(), handles.keys(), loc="outside right center", fontsize="x-small")
+  figure.savefig(path, dpi=120)
+
+
+def frontier(points: Sequence[tuple[float, float]], *, low: bool) -> list[tuple[float, float]]:
+  """The points that no other beats in both, by rising cost.
+
+  Args:
+    points: cost and quality.
+    low: whether less is the better quality.
+  """
+  best: list[tuple[float, float]] = []
+  for cost, quality in sorted(points, key=lambda p: (p[0], p[1] if low else -p[1])):
+    if not best or (quality < best[-1][1] if low else quality > best[-1][1]):
+      best.append((cost, quality))
+  return best
 
 
 def speed(rows: Sequence[Row], path: Path, *, baselines: Sequence[str]) -> None:

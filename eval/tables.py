@@ -34,6 +34,7 @@ HEADS: Mapping[str, str] = MappingProxyType(
     "mass_se": "± s.e.",
     "score_se": "± s.e.",
     "moved_bytes": "moved",
+    "read_bytes": "bytes read",
     "topk_recall": "top-k",
     "far_mass": "far mass",
     "ms_low": "25%",
@@ -87,14 +88,15 @@ def table(rows: Sequence[Row], columns: Sequence[str] | None = None) -> Table:
   varying = [
     name for name in ("task", "T", "dtype", "batch") if len({row.get(name) for row in rows}) > 1
   ]
-  fixed = [f"{name} {rows[0][name]}" for name in ("task", "T") if rows and name not in varying]
+  named = [name for name in ("task", "T") if rows and rows[0].get(name) is not None]
+  fixed = [f"{name} {rows[0][name]}" for name in named if name not in varying]
   shown = [*varying, "method", "budget", *columns, "n"]
   out = Table(
     title=", ".join(fixed), title_justify="left", box=None, header_style="bold", pad_edge=False
   )
   for name in shown:
     left = name in ("task", "method", "dtype", "baseline")
-    out.add_column(HEADS.get(name, name), justify="left" if left else "right", no_wrap=True)
+    out.add_column(_head(name), justify="left" if left else "right", no_wrap=True)
   last: object = None
   for row in rows:
     group = tuple(row.get(name) for name in ("task", "T", "dtype", "batch"))
@@ -104,6 +106,23 @@ def table(rows: Sequence[Row], columns: Sequence[str] | None = None) -> Table:
     named = {**row, "method": label(row, rows), "budget": budget_label(row)}
     out.add_row(*(_cell(name, named.get(name)) for name in shown))
   return out
+
+
+def markdown(rows: Sequence[Row], columns: Sequence[str]) -> str:
+  """A table for a README: methods, budgets and figures; lengths where they vary."""
+  varying = ["T"] if len({row["T"] for row in rows}) > 1 else []
+  shown = [*varying, "method", "budget", *columns]
+  lines = ["| " + " | ".join(_head(name) for name in shown) + " |", "|---" * len(shown) + "|"]
+  for row in rows:
+    named = {**row, "method": f"`{label(row, rows)}`", "budget": budget_label(row)}
+    lines.append("| " + " | ".join(_cell(name, named.get(name)) for name in shown) + " |")
+  return "\n".join(lines) + "\n"
+
+
+def _head(name: str) -> str:
+  """A column's name; of a figure of one task, with the task."""
+  figure, _, task = name.partition(" ")
+  return " ".join(filter(None, (HEADS.get(figure, figure), task)))
 
 
 def _columns(row: Row) -> Sequence[str]:

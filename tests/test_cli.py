@@ -73,8 +73,11 @@ COMMANDS = (
   ("eval", "fidelity"),
   ("eval", "recall"),
   ("eval", "needle"),
+  ("eval", "compare"),
   ("eval", "speed"),
   ("plan",),
+  ("methods",),
+  ("profile",),
   ("demo",),
 )
 

@@ -58,6 +58,7 @@ class Entry:
     takes_budget: False for a method that reads every token.
     takes_codebook: whether it needs trained codebooks; its option ``book`` then says which.
     options: by name.
+    tested: on what it ran, or was compiled for.
   """
 
   summary: str
@@ -65,6 +66,7 @@ class Entry:
   takes_budget: bool = True
   takes_codebook: bool = False
   options: Mapping[str, Option] = MappingProxyType({})
+  tested: str = "CPU"
 
 
 Table = Mapping[str, Entry]
@@ -177,6 +179,7 @@ def _a2ats(summary: str, *, far: str, tail: str) -> Entry:
     build=A2ATS,
     takes_codebook=True,
     options=MappingProxyType({**_far(far, tail), **PAGES}),
+    tested="CPU; compiled for H100 and TPU",
   )
 
 
@@ -191,6 +194,8 @@ def _entry(
 def _count(default: int) -> Option:
   return Option(default=str(default), read=read_count)
 
+
+REFERENCE = "a2ats-reference"  # too slow to be among all
 
 METHODS: Table = MappingProxyType(
   {
@@ -277,7 +282,7 @@ METHODS: Table = MappingProxyType(
       outliers=_count(48),
       local=_count(32),
     ),
-    "a2ats-reference": Entry(
+    REFERENCE: Entry(
       summary="the definition that both equal, slow, with the whole cache on the device",
       build=A2ATSReference,
       takes_codebook=True,
@@ -316,14 +321,16 @@ def parse_method(text: str, table: Table = METHODS) -> MethodSpec:
 
 
 def parse_methods(text: str, table: Table = METHODS) -> tuple[MethodSpec, ...]:
-  """Read a comma-separated list of methods.
+  """Read a comma-separated list of methods; ``all`` is every registered one but the reference.
 
   Raises:
     UserError: as :func:`parse_method`; also an empty list, and the same method twice.
   """
-  specs = tuple(
-    parse_method(part, table) for part in re.split(r",(?![^()]*\))", text) if part.strip()
-  )
+  parts: list[str] = []
+  for part in re.split(r",(?![^()]*\))", text):
+    every = part.strip() == "all"
+    parts += [name for name in METHODS if name != REFERENCE] if every else [part]
+  specs = tuple(parse_method(part, table) for part in parts if part.strip())
   if not specs:
     raise UserError(f"methods: expected at least one of {', '.join(table)}, got none")
   for spec in specs:
