@@ -57,9 +57,10 @@ class ActQKVState:
 class ActQKVStyle:
   """In the style of ActQKV (2502.13542), whose formulas are not public.
 
-  What follows is a reading of the paper's abstract and of its reviews. A prompt is cut into blocks
-  of P tokens, each represented by its ``repr`` keys of most attention. Scores are linear in keys,
-  so only the mean of these is kept. The last ``window`` queries of the prompt make one probe query
+  What follows is a reading of the paper's abstract and of its reviews; that more entropy means more
+  budget, and how a bias is measured, are part of it. A prompt is cut into blocks of P tokens, each
+  represented by its ``repr`` keys of most attention, averaged over the query heads of a KV head.
+  Scores are linear in keys, so only the mean of these is kept. The last ``window`` queries of the prompt make one probe query
   a head, weighted by how unusual each token's queries are:
   ``bias_i = mean_hc ((q_ihc - mu_hc) / sd_hc)^2``, over heads and channels, and
   ``probe = sum_i bias_i q_i / sum_i bias_i``. The entropy of a layer is that of the softmax of the

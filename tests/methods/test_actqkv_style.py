@@ -187,6 +187,7 @@ def of_layers(entropies: list[float], tokens: int, blocks: int, most: int) -> li
     ([1, 2, 20], 16, 10, 2, [2, 2, 8]),  # 32 at most, which leaves 8 for each of the others
     ([1, 1, 10], 8, 3, 2, [1, 1, 3]),  # 12 are all there are: 6, 6 and 12
     ([1, 1, 10], 12, 3, 2, [3, 3, 3]),
+    ([5.6, 3, 4.2], 4 * 59836, 59836, 2, [59836] * 3),  # float32 loses more than a hair here
     ([1, 1, 10], 8, 10, 1, [2, 2, 2]),
     ([0, 0, 0], 8, 10, 4, [2, 2, 2]),
     ([0, 0, 5], 8, 10, 4, [0, 0, 5]),  # 2, 2 and 20
