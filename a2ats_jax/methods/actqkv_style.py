@@ -60,8 +60,8 @@ class ActQKVStyle:
   What follows is a reading of the paper's abstract and of its reviews; that more entropy means more
   budget, and how a bias is measured, are part of it. A prompt is cut into blocks of P tokens, each
   represented by its ``repr`` keys of most attention, averaged over the query heads of a KV head.
-  Scores are linear in keys, so only the mean of these is kept. The last ``window`` queries of the prompt make one probe query
-  a head, weighted by how unusual each token's queries are:
+  Scores are linear in keys, so only the mean of these is kept. The last ``window`` queries of the
+  prompt make one probe query a head, weighted by how unusual each token's queries are:
   ``bias_i = mean_hc ((q_ihc - mu_hc) / sd_hc)^2``, over heads and channels, and
   ``probe = sum_i bias_i q_i / sum_i bias_i``. The entropy of a layer is that of the softmax of the
   probe's block scores. Layers share the budget in proportion to their entropies, each between a
@@ -79,7 +79,7 @@ class ActQKVStyle:
   later ones; equal queries weigh the same; shares that are cut off at a bound, or at all blocks,
   are handed to the other layers, so that the budget is spent; scores are those of rotated queries
   and keys, where InfLLM, on which the paper builds, takes far keys at one position; defaults are
-  smaller than InfLLM's (blocks of 128, 128 sinks, 4096 local tokens).
+  smaller than InfLLM's (128 sinks, 4096 local tokens).
 
   Attributes:
     budget: tokens of blocks that a KV head may read, averaged over layers, whoever the budget
