@@ -26,8 +26,8 @@ LABELS: Mapping[str, str] = MappingProxyType(
     "budget": "budget of a query head",
     "read": "share of the cache read",
     "moved_bytes": "bytes moved a token",
-    "read_bytes": "bytes read a step",
-    "device_bytes": "bytes held on the device",
+    "read_bytes": "MB read a step",
+    "device_bytes": "MB held on the device",
   }
 )
 _LOG = ("kl", "moved_bytes")
@@ -95,18 +95,20 @@ def pareto(rows: Sequence[Row], path: Path, *, x: str, y: str) -> None:
     mine = [r for r in mine if r.get(x) and r.get(y) is not None]
     drawn = [r for r in mine if r["method"] != "full" and (y not in _LOG or r[y] > 0)]
     for name in names:
-      points = sorted((r[x], r[y]) for r in drawn if label(r, rows) == name)
+      points = sorted((r[x] / 1e6, r[y]) for r in drawn if label(r, rows) == name)
       if points:
         color, marker = style[name]
         axis.plot(*zip(*points), marker=marker, color=color, linewidth=0.8, label=name)
-    best = frontier([(r[x], r[y]) for r in drawn], low=y in _LOG)
+    best = frontier([(r[x] / 1e6, r[y]) for r in drawn], low=y in _LOG)
     if best:
       axis.step(*zip(*best), where="post", color="0.6", linewidth=2, alpha=0.6, zorder=0)
     for row in mine:
       if row["method"] == "full":
-        axis.axvline(row[x], linestyle="--", color="0.4", label="full")
+        axis.axvline(row[x] / 1e6, linestyle="--", color="0.4", label="full")
     axis.set(title=f"{task}, T = {length}", xlabel=LABELS.get(x, x), ylabel=LABELS.get(y, y))
     axis.set_xscale("log")
+    axis.xaxis.set_major_formatter(LogFormatter())
+    axis.xaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.5)))
     if y in _LOG:
       axis.set_yscale("log")
     else:

@@ -44,18 +44,19 @@ class CORM:
   important goes, unless it is one of the latest ``recent``. Needs the window's queries of prefill.
 
   Device bytes per slot and layer: ``2 K D`` numbers, ``4 K`` for positions and ``K window / 8`` for
-  votes; nothing on the host. Slots: what the budget grants at the longest row there can be, and
-  ``recent`` at least.
+  votes; nothing on the host. Slots: what the budget grants at the longest row there can be, two at
+  least.
 
   Ours: shapes are static in JAX, so the budget bounds the slots; where more tokens are important,
-  the one with the fewest votes goes first, the oldest on ties. How many tokens are read is up to
+  the one with the fewest votes goes first, the oldest on ties, and the latest take no more than
+  half of slots that do not hold the whole context. How many tokens are read is up to
   the attention alone (the statistics say how many). Importance is measured against the tokens that
   are still there, and the paper does not say how query heads share a KV head.
 
   Attributes:
     budget: bound on the tokens of each KV head.
     window: w, queries remembered, a multiple of 8.
-    recent: latest tokens that stay.
+    recent: latest tokens that stay, fewer where slots are few.
     profile: curves of a model, which share the budget out to its layers
       (:mod:`a2ats_jax.methods.layer_budget`); none for equal shares.
   """
@@ -82,10 +83,15 @@ class CORM:
 
   def init(self, geometry: Geometry) -> CORMState:
     table = layer_budget.granted(self.budget, geometry.capacity, geometry.layers, self.profile)
-    sizes = np.clip(table.max(axis=1), self.recent, None)
-    cache = kept.empty(geometry, np.minimum(sizes, geometry.capacity).tolist())
+    sizes = np.clip(table.max(axis=1), min(2, geometry.capacity), None)
+    cache = kept.empty(geometry, sizes.tolist())
     shape = (*cache.positions.shape, self.window // 8)
     return CORMState(cache, jnp.zeros(shape, jnp.uint8))
+
+  def _recent(self, cache: kept.KeptCache, layer: int | Array) -> Int[Array, ""]:
+    """Latest tokens of a layer that stay."""
+    recent = [self.recent if n >= cache.capacity else min(self.recent, n // 2) for n in cache.sizes]
+    return jnp.asarray(recent, jnp.int32)[layer]
 
   def absorb(self, state: CORMState, prompt: PromptLayer, *, layer: int | Array) -> CORMState:
     if prompt.queries is None:
@@ -107,7 +113,7 @@ class CORM:
     vote = jnp.take_along_axis(vote, place[:, None, :, None], axis=2)
     count = jnp.sum(vote, axis=2).astype(jnp.float32)
     slot = jnp.arange(t, dtype=jnp.int32)[None]
-    late = (slot >= (prompt.lengths - self.recent)[:, None])[:, None]
+    late = (slot >= (prompt.lengths - self._recent(state.cache, layer))[:, None])[:, None]
     here = (slot < prompt.lengths[:, None])[:, None]
     stays = here & (late | (count > 0))
     worth = jnp.where(stays, jnp.where(late, jnp.inf, count), -1.0)
@@ -150,7 +156,8 @@ class CORM:
   ) -> tuple[Float[Array, "B 1 H D"], CORMState, Stats]:
     now, held = positions[:, 0], kept.read(state.cache, layer)
     votes = kept.beside(state.votes, state.cache, layer)
-    late = held.positions > (now - self.recent)[:, None, None]
+    recent = self._recent(state.cache, layer)
+    late = held.positions > (now - recent)[:, None, None]
     worth = jnp.where(late, jnp.inf, _many(votes))
     allowed = jnp.broadcast_to(state.cache.size(layer), now.shape)
     slot = kept.slot_for(held, state.cache.size(layer), allowed, worth, now)
@@ -164,7 +171,7 @@ class CORM:
     important = mask & jnp.any(weight >= 1.0 / attended.astype(jnp.float32), axis=2)
     votes = self._vote(votes, important, now)
     # Gone at once: no vote left and no longer recent. The query itself has read it.
-    late = held.positions > (now - self.recent)[:, None, None]
+    late = held.positions > (now - recent)[:, None, None]
     gone = (held.positions >= 0) & ~late & (_many(votes) == 0) & (now >= 0)[:, None, None]
     positions_left = jnp.where(gone, -1, held.positions)
     cache = dataclasses.replace(

@@ -16,6 +16,7 @@ from a2ats_jax.errors import UserError
 from a2ats_jax.far import FarPosition
 from a2ats_jax.methods.a2ats import A2ATS
 from a2ats_jax.methods.a2ats_reference import A2ATSReference
+from a2ats_jax.methods.actqkv_style import ActQKVStyle
 from a2ats_jax.methods.base import Method
 from a2ats_jax.methods.clusterkv import ClusterKV
 from a2ats_jax.methods.corm import CORM
@@ -281,6 +282,16 @@ METHODS: Table = MappingProxyType(
       chunk=_count(8),
       outliers=_count(48),
       local=_count(32),
+    ),
+    "actqkv_style": _entry(
+      "blocks by their leading tokens, budgets of layers by the entropy of a probe query",
+      ActQKVStyle,
+      block=_count(32),
+      repr=_count(4),
+      sinks=_count(16),
+      local=_count(64),
+      window=_count(512),
+      most=_count(4),
     ),
     REFERENCE: Entry(
       summary="the definition that both equal, slow, with the whole cache on the device",

@@ -111,6 +111,14 @@ def clusterkv_bytes(g: Geometry) -> tuple[int, int]:
   return 4 * (heads * a_head + g.batch), 4 * heads * 2 * slots * g.head_dim
 
 
+def actqkv_bytes(g: Geometry) -> tuple[int, int]:
+  """Blocks of 4, 2 sinks, 5 local tokens."""
+  blocks, near = (g.prompt - 2 - 5) // 4, 2 + 5 + 3 + g.new
+  heads = g.layers * g.batch * g.kv_heads
+  device = heads * (blocks + 2 * near) * g.head_dim + g.layers * g.batch + g.batch
+  return 4 * device, 4 * heads * 2 * 4 * blocks * g.head_dim
+
+
 _A2ATS = "window=6:sinks=2:page=4"
 
 EXAMPLES: dict[str, Example] = {
@@ -159,6 +167,11 @@ EXAMPLES: dict[str, Example] = {
     exact="rank=16:chunk=4:outliers=1:local=3",
     tolerance=1e-4,
     bytes=shadowkv_bytes,
+  ),
+  "actqkv_style": Example(
+    options="block=4:repr=2:sinks=2:local=5:window=6:most=3",
+    exact="block=4:repr=2:sinks=2:local=5:window=6:most=3",
+    bytes=actqkv_bytes,
   ),
   "oracle": Example(options="window=4:sinks=2", exact="window=4:sinks=2", bytes=full_bytes),
 }

@@ -99,19 +99,20 @@ def corm(method, row: Row, steps: int):
     for p in range(now + 1):
       if np.any(weight[:, p] >= 1 / (now + 1)):
         votes[p].add(now)
-  votes = {p: v for p, v in votes.items() if v or p >= row.length - method.recent}
-  size = max(granted(method, SHAPE.prompt + SHAPE.new), method.recent)
+  size = max(granted(method, SHAPE.prompt + SHAPE.new), 2)
+  recent = min(method.recent, size // 2)
+  votes = {p: v for p, v in votes.items() if v or p >= row.length - recent}
 
   def drop(late: int) -> None:
     while len(votes) > size:
       del votes[min((p for p in votes if p < late), key=lambda p: (len(votes[p]), p))]
 
-  drop(row.length - method.recent)
+  drop(row.length - recent)
   for now in range(row.length, row.length + steps):
     for p in votes:
       votes[p].discard(now - w - 1)
     if len(votes) >= size:
-      old = [p for p in votes if p <= now - method.recent]
+      old = [p for p in votes if p <= now - recent]
       del votes[min(old, key=lambda p: (len(votes[p]), p))]
     votes[now] = set()
     for p in votes:
@@ -123,7 +124,7 @@ def corm(method, row: Row, steps: int):
         votes[p].add(now)
     yield set(held)
     for p in held:
-      if not votes[p] and p <= now - method.recent:
+      if not votes[p] and p <= now - recent:
         del votes[p]
 
 
@@ -149,6 +150,7 @@ METHODS = {
   "streaming": (Streaming(budget=BUDGET, sinks=2), streaming, {"sinks": 3}),
   "h2o": (H2O(budget=BUDGET), h2o, {"budget": Budget(ratio=0.25)}),
   "corm": (CORM(budget=BUDGET, window=8, recent=5), corm, {"window": 16}),
+  "corm, few slots": (CORM(budget=BUDGET, window=16, recent=60), corm, {"recent": 11}),
   "prefixkv": (PrefixKV(budget=BUDGET, start=1), prefixkv, {"start": 2}),
   "prefixkv, four first": (
     PrefixKV(budget=Budget(ratio=0.34), start=4),
