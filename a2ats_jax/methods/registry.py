@@ -255,6 +255,8 @@ METHODS: Table = MappingProxyType(
       bits=_count(4),
       group=_count(32),
       residual=_count(128),
+      prune=Option(default="0", read=read_share),
+      window=_count(32),
     ),
     "qpruningkv": _entry(
       "of the prompt, more tokens in fewer bits",

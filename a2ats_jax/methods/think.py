@@ -91,19 +91,9 @@ class ThinK:
     )
 
   def absorb(self, state: ThinKState, prompt: PromptLayer, *, layer: int | Array) -> ThinKState:
-    if prompt.queries is None:
-      raise UserError("think: the prompt's last queries were not handed over")
-    b, t, kv_heads, d = prompt.keys.shape
+    t = prompt.keys.shape[1]
     keys = jnp.swapaxes(prompt.rotated, 1, 2)
-    slot = jnp.arange(t, dtype=jnp.int32)[None]
-    here = (slot < prompt.lengths[:, None])[:, None, :, None]
-    count = prompt.lengths[:, None, None].astype(jnp.float32)
-    of_keys = jnp.sum(jnp.where(here, jnp.square(keys.astype(jnp.float32)), 0), axis=2) / count
-    squares = jnp.mean(jnp.square(prompt.queries.astype(jnp.float32)), axis=1)
-    of_queries = jnp.mean(squares.reshape(b, kv_heads, -1, d), axis=2)
-    stay = state.channels.shape[3]
-    order = jnp.argsort(-of_queries * of_keys, axis=-1, stable=True)[..., :stay]
-    channels = jnp.sort(order, axis=-1).astype(jnp.int32)
+    channels = channels_of(prompt, state.channels.shape[3])
     begin = jnp.maximum(prompt.lengths - self.window, 0)
     place = begin[:, None] + jnp.arange(state.whole.shape[3], dtype=jnp.int32)[None]
     place = jnp.minimum(place, t - 1)[
@@ -141,12 +131,10 @@ class ThinK:
     whole, pruned = dense.read(state.whole, layer), dense.read(state.pruned, layer)
     _, _, heads, d = q.shape
     kv_heads, stay = channels.shape[1:]
-    thin = jnp.repeat(channels, heads // kv_heads, axis=1)[:, None]
-    thin = jnp.take_along_axis(q, jnp.broadcast_to(thin, (*q.shape[:3], stay)), axis=3)
     slot = jnp.arange(pruned.shape[2], dtype=jnp.int32)[None, None]
     old = (slot < state.begin[:, None, None]) & (positions >= 0)[:, :, None]
     early = attention.from_logits(
-      attention.logits(thin, pruned) * (stay / d) ** 0.5,
+      thin_logits(q, pruned, channels),
       values[:, :, : pruned.shape[2]],
       old[:, :, None],
     )
@@ -160,3 +148,33 @@ class ThinK:
     size = (few * (stay + d) + many * 2 * d) * pruned.dtype.itemsize
     size = jnp.where(read > 0, size + 4 * stay, 0)  # and the numbers of the channels
     return out, state, dense.on_device(positions + 1, read, heads, size)
+
+
+def channels_of(prompt: PromptLayer, stay: int) -> Int[Array, "B K stay"]:
+  """The channels whose logits weigh most between a prompt's last queries and its keys, ascending.
+
+  Args:
+    stay: how many.
+  """
+  if prompt.queries is None:
+    raise UserError("think: the prompt's last queries were not handed over")
+  b, t, kv_heads, d = prompt.keys.shape
+  keys = jnp.swapaxes(prompt.rotated, 1, 2)
+  slot = jnp.arange(t, dtype=jnp.int32)[None]
+  here = (slot < prompt.lengths[:, None])[:, None, :, None]
+  count = prompt.lengths[:, None, None].astype(jnp.float32)
+  of_keys = jnp.sum(jnp.where(here, jnp.square(keys.astype(jnp.float32)), 0), axis=2) / count
+  squares = jnp.mean(jnp.square(prompt.queries.astype(jnp.float32)), axis=1)
+  of_queries = jnp.mean(squares.reshape(b, kv_heads, -1, d), axis=2)
+  order = jnp.argsort(-of_queries * of_keys, axis=-1, stable=True)[..., :stay]
+  return jnp.sort(order, axis=-1).astype(jnp.int32)
+
+
+def thin_logits(
+  q: Float[Array, "B S H D"], keys: Float[Array, "B K T stay"], channels: Int[Array, "B K stay"]
+) -> Float[Array, "B S H T"]:
+  """Logits of whole queries with keys that hold some channels, still divided by ``sqrt(D)``."""
+  (_, _, heads, d), stay = q.shape, channels.shape[2]
+  mine = jnp.repeat(channels, heads // channels.shape[1], axis=1)[:, None]
+  thin = jnp.take_along_axis(q, jnp.broadcast_to(mine, (*q.shape[:3], stay)), axis=3)
+  return attention.logits(thin, keys) * (stay / d) ** 0.5
