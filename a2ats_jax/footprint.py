@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from rich.table import Table
 
 from a2ats_jax.budget import Budget
-from a2ats_jax.codebook import Codebook, make_codebook
+from a2ats_jax.codebook import make_codebook
 from a2ats_jax.methods import registry
 from a2ats_jax.methods.base import Geometry, Method, needs_of
 from a2ats_jax.methods.registry import MethodSpec
@@ -18,8 +18,7 @@ from a2ats_jax.models.config import ModelConfig
 from a2ats_jax.store import KVStore
 
 # Two prompts whose lengths every page, group and block of a default method divides.
-_SHORT, _LONG = 1 << 6, 1 << 7
-_UNIT = 8 * 320  # tokens; ClusterKV clusters by 80 and by 320
+_SHORT, _LONG = 320 << 9, 320 << 10
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -65,47 +64,44 @@ def cost_of(
   Raises:
     UserError: the method does not fit the model's shape.
   """
-  shape = (config.layers, config.kv_heads)
+  found: list[Cost] = []
 
-  def book() -> Codebook:
-    d = config.head_dim
-    return make_codebook(jnp.zeros((*shape, codewords, d)), jnp.zeros((*shape, d, d)))
-
-  abstract = jax.eval_shape(book)
-  built: list[Method] = []
-
-  def states(book: Codebook) -> tuple[Any, Any, Any]:
-    method = registry.build(spec, budget=budget, codebooks={registry.DEFAULT_BOOK: book})
-    built.append(method)
-    short, long = (
-      method.init(
-        Geometry(
-          batch=1,
-          layers=config.layers,
-          heads=config.heads,
-          kv_heads=config.kv_heads,
-          head_dim=config.head_dim,
-          prompt=tokens * _UNIT,
-          new=0,
-          dtype=dtype,
-        )
+  def shapes() -> None:
+    """Runs under a trace, where arrays have shapes and no memory."""
+    lead, d = (config.layers, config.kv_heads), config.head_dim
+    book = make_codebook(jnp.zeros((*lead, codewords, d)), jnp.zeros((*lead, d, d)))
+    books = {registry.DEFAULT_BOOK: book}
+    method = registry.build(spec, budget=budget, codebooks=books)
+    short, long = (_state_of(method, config, tokens, dtype) for tokens in (_SHORT, _LONG))
+    (device, host), (more, further) = state_bytes(short), state_bytes(long)
+    (own, _), needs = state_bytes(method), needs_of(method)
+    a_token = (more - device) / (_LONG - _SHORT)
+    found.append(
+      Cost(
+        device=a_token,
+        host=(further - host) / (_LONG - _SHORT),
+        fixed=device - a_token * _SHORT + own,
+        queries=needs.queries,
+        sums=needs.sums,
       )
-      for tokens in (_SHORT, _LONG)
     )
-    return method, short, long
 
-  method, short, long = jax.eval_shape(states, abstract)
-  own, _ = state_bytes(method)
-  (device, host), (more, further) = state_bytes(short), state_bytes(long)
-  tokens = (_LONG - _SHORT) * _UNIT
-  a_token = (more - device) / tokens
-  needs = needs_of(built[0])
-  return Cost(
-    device=a_token,
-    host=(further - host) / tokens,
-    fixed=device - a_token * _SHORT * _UNIT + own,
-    queries=needs.queries,
-    sums=needs.sums,
+  jax.eval_shape(shapes)
+  return found[0]
+
+
+def _state_of(method: Method, config: ModelConfig, tokens: int, dtype: Any) -> Any:
+  return method.init(
+    Geometry(
+      batch=1,
+      layers=config.layers,
+      heads=config.heads,
+      kv_heads=config.kv_heads,
+      head_dim=config.head_dim,
+      prompt=tokens,
+      new=0,
+      dtype=dtype,
+    )
   )
 
 

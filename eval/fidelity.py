@@ -150,5 +150,5 @@ def _summary(results: Sequence[Row]) -> Row:
   )
   for name in ("moved_bytes", "read_bytes", "tail", "device_bytes", "host_bytes"):
     if name in results[0]:
-      figures[name] = metrics.spread([r[name] for r in results])[0]
+      figures[name] = metrics.spread([float(r[name]) for r in results])[0]
   return figures

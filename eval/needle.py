@@ -203,7 +203,7 @@ def _summary(results: Sequence[Row]) -> Row:
   figures: Row = {}
   sizes = ("moved_bytes", "read_bytes", "tail", "device_bytes", "host_bytes")
   for name in ("read", "selected", *sizes):
-    there = [r[name] for r in results if name in r]
+    there = [float(r[name]) for r in results if name in r]
     if there:
       figures[name] = metrics.spread(there)[0]
   scores = [r["score"] for r in results]
