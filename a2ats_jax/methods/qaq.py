@@ -1,4 +1,4 @@
-"""QAQ: bits of every token by the attention it may receive, keys and values each by their own rule."""
+"""QAQ: bits of every token from an error budget, keys and values by a rule of their own."""
 
 import dataclasses
 import math
