@@ -70,6 +70,9 @@ class QAQ:
   bits, range and outliers of key and value; ``2 K n`` for the weights of the last n queries. Once a
   layer: ``2 K D most n / 8`` for the newest tokens and ``4 K`` for the norm. Nothing on the host.
 
+  The number of bits is the repository's. A cell of ``range / 2^bits`` with an error of sigma has
+  ``ceil(log2(range / e))`` bits, which is what the paper's text has: up to one bit more.
+
   Ours: no copy of the cache is kept on the host, so bits are only ever lowered: a token has the
   fewest bits that the rule ever gave it, and one that is attended to again stays coarse. Codes are
   nested, cell and midpoint from the lowest number as in the paper's text (the repository rounds
@@ -77,12 +80,12 @@ class QAQ:
   share a pool of ``bits`` planes a number on average, and where the rule asks for more than there
   is, tokens of the least :math:`S_t` fall first, down to ``least``, the value before the key.
   :math:`|Q|^2` is measured on the last 32 queries of each prompt and KV head and then stays; the
-  repository takes 300. Outliers are counted per group, not a share of 1%. Every step moves a
-  layer's planes together, which ``read_bytes`` does not count.
+  repository takes 300. Outliers are counted per group (2 of 64 numbers, 3%), not 1% of it. Every
+  step moves a layer's planes together, which ``read_bytes`` does not count.
 
   Attributes:
     bits: planes of a number on average, for which there is memory.
-    least, most: bits of a number.
+    least, most: bits of a number; one of 0 bits is the middle of its group's range.
     window: n, queries whose attention counts.
     outliers: of a group, exact on each side; without them accuracy falls by 12 to 26% (paper).
     key_error: sigma_S, error of an attention weight, of which keys may cause so much.
