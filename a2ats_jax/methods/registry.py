@@ -27,6 +27,7 @@ from a2ats_jax.methods.l2norm import L2Norm
 from a2ats_jax.methods.layer_budget import load_profile
 from a2ats_jax.methods.oracle import Oracle
 from a2ats_jax.methods.prefixkv import PrefixKV
+from a2ats_jax.methods.qaq import QAQ, read_error
 from a2ats_jax.methods.qpruning import QPruningKV
 from a2ats_jax.methods.quest import Quest
 from a2ats_jax.methods.shadowkv import ShadowKV
@@ -294,6 +295,18 @@ METHODS: Table = MappingProxyType(
       local=_count(64),
       window=_count(512),
       most=_count(4),
+    ),
+    "qaq": _entry(
+      "every token in as many bits as its attention asks for",
+      QAQ,
+      takes_budget=False,
+      bits=_count(3),
+      least=_count(2),
+      most=_count(4),
+      window=_count(5),
+      outliers=_count(1),
+      key_error=Option(default="1", read=read_error),
+      value_error=Option(default="1", read=read_error),
     ),
     REFERENCE: Entry(
       summary="the definition that both equal, slow, with the whole cache on the device",

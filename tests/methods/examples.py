@@ -119,6 +119,15 @@ def actqkv_bytes(g: Geometry) -> tuple[int, int]:
   return 4 * device, 4 * heads * 2 * 4 * blocks * g.head_dim
 
 
+def qaq_bytes(g: Geometry) -> tuple[int, int]:
+  """3 bits on average, 6 for the newest 3 tokens, 1 outlier each side."""
+  bits, most, window, outliers = 3, 6, 3, 2
+  planes = (bits * g.capacity + most * window) * g.head_dim // 8
+  a_group = 1 + 2 + 2 + outliers * (1 + 2)
+  a_head = 2 * planes + g.capacity * (2 * a_group + 2 * window) + 4
+  return g.layers * g.batch * g.kv_heads * a_head, 0
+
+
 _A2ATS = "window=6:sinks=2:page=4"
 
 EXAMPLES: dict[str, Example] = {
@@ -172,6 +181,11 @@ EXAMPLES: dict[str, Example] = {
     options="block=4:repr=2:sinks=2:local=5:window=6:most=3",
     exact="block=4:repr=2:sinks=2:local=5:window=6:most=3",
     bytes=actqkv_bytes,
+  ),
+  "qaq": Example(
+    options="bits=3:least=1:most=6:window=3:outliers=1:key_error=0.1:value_error=0.01",
+    exact="bits=24:least=24:most=24:window=3:outliers=0",
+    bytes=qaq_bytes,
   ),
   "oracle": Example(options="window=4:sinks=2", exact="window=4:sinks=2", bytes=full_bytes),
 }
