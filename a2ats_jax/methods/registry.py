@@ -23,6 +23,7 @@ from a2ats_jax.methods.full import Full
 from a2ats_jax.methods.h2o import H2O
 from a2ats_jax.methods.kivi import KIVI
 from a2ats_jax.methods.l2norm import L2Norm
+from a2ats_jax.methods.magicpig import MagicPIG
 from a2ats_jax.methods.oracle import Oracle
 from a2ats_jax.methods.prefixkv import PrefixKV, load_profile
 from a2ats_jax.methods.qpruning import QPruningKV
@@ -267,6 +268,17 @@ METHODS: Table = MappingProxyType(
       chunk=_count(8),
       outliers=_count(48),
       local=_count(32),
+    ),
+    "magicpig": _entry(
+      "tokens sampled by hash, and weighted by how likely that was",
+      MagicPIG,
+      takes_budget=False,
+      tables=_count(150),
+      bits=_count(10),
+      sinks=_count(4),
+      window=_count(64),
+      page=_count(16),
+      seed=_count(0),
     ),
     "a2ats-reference": Entry(
       summary="the definition that both equal, slow, with the whole cache on the device",

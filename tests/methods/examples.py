@@ -111,6 +111,14 @@ def clusterkv_bytes(g: Geometry) -> tuple[int, int]:
   return 4 * (heads * a_head + g.batch), 4 * heads * 2 * slots * g.head_dim
 
 
+def magicpig_bytes(g: Geometry) -> tuple[int, int]:
+  """6 tables of 3 bits, 2 sinks, window 6, pages of 4."""
+  slots = -(-g.capacity // 4) * 4
+  a_head = 2 * 6 * slots + 4 * 2 * (2 + 6) * g.head_dim + 4 * g.head_dim
+  heads = g.layers * g.batch * g.kv_heads
+  return heads * a_head + 4 * g.head_dim * 6 * 3, 4 * heads * 2 * slots * g.head_dim
+
+
 _A2ATS = "window=6:sinks=2:page=4"
 
 EXAMPLES: dict[str, Example] = {
@@ -159,6 +167,11 @@ EXAMPLES: dict[str, Example] = {
     exact="rank=16:chunk=4:outliers=1:local=3",
     tolerance=1e-4,
     bytes=shadowkv_bytes,
+  ),
+  "magicpig": Example(
+    options="tables=6:bits=3:sinks=2:window=6:page=4",
+    exact="tables=6:bits=0:sinks=2:window=6:page=4",
+    bytes=magicpig_bytes,
   ),
   "oracle": Example(options="window=4:sinks=2", exact="window=4:sinks=2", bytes=full_bytes),
 }
