@@ -100,6 +100,25 @@ def test_equals_a_plain_reading_in_many_stages_and_blocks(monkeypatch):
   compare(method, method, cache)
 
 
+def test_slots_after_a_prompt_may_hold_anything():
+  """Its sinks are still to come, and so is the rest of its last page."""
+  cache = cases.draw_cache(PAIRS, seed=0, lengths=[39, 13, 1])
+  k, v = cache.k.copy(), cache.v.copy()
+  for row, length in enumerate(cache.lengths):
+    k[:, row, length : PAIRS.prompt] = v[:, row, length : PAIRS.prompt] = 50.0
+  filled = dataclasses.replace(cache, k=k, v=v)
+  states = [cases.prefilled(METHOD, x) for x in (cache, filled)]
+  for i in range(12):
+    positions = cases.step_positions(cache, i)
+    tokens, outs = cases.tokens_at(cache, 1, positions), []
+    for which, state in enumerate(states):
+      out, states[which], _, _ = cases.attend(
+        METHOD, state, *tokens, jnp.asarray(positions), cache.rope, jnp.asarray(1, jnp.int32)
+      )
+      outs.append(out)
+    np.testing.assert_allclose(*outs, atol=cases.TOLERANCE, rtol=0)
+
+
 @pytest.mark.parametrize(
   "wrong",
   [{"bits": 4}, {"tables": 8}, {"sinks": 1}, {"window": 7}, {"seed": 2}],
@@ -182,8 +201,9 @@ SAMPLER = MagicPIG(tables=8, bits=2, sinks=1, window=4, page=4, placement="devic
 
 @cache
 def draws() -> jax.Array:
-  size = {"tables": SAMPLER.tables, "bits": SAMPLER.bits, "dim": 4}
-  return jnp.stack([magicpig.projections(seed, **size) for seed in range(TRIALS)])
+  """As many sets of directions, out of one draw: all are independent."""
+  many = magicpig.projections(0, tables=TRIALS * SAMPLER.tables, bits=SAMPLER.bits, dim=4)
+  return many.reshape(TRIALS, SAMPLER.tables, SAMPLER.bits, 4)
 
 
 def estimates(method: MagicPIG, *, centred: bool = True):
