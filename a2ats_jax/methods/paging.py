@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from a2ats_jax import attention
 from a2ats_jax import store as paged
 from a2ats_jax.ops.paged_decode import paged_decode
+from a2ats_jax.ops.pages import Pages
 from a2ats_jax.typing import Array, Bool, Float, Int
 
 
@@ -23,12 +24,36 @@ def attend_pages(
 ) -> tuple[attention.Part, Float[Array, "B K"]]:
   """One query's attention over the chosen tokens of the first ``count`` pages, and bytes moved.
 
+  Args:
+    q: rotated.
+    ids, count, stage: as in :func:`in_stages`.
+    chosen: which tokens of some pages to attend to.
+  """
+
+  def decode(pages: Pages, here: Array, used: Array) -> attention.Part:
+    return paged_decode(q, pages, chosen(here) & used[..., None])
+
+  return in_stages(store, q, ids, count, decode, stage=stage, layer=layer)
+
+
+def in_stages(
+  store: paged.KVStore,
+  q: Float[Array, "B 1 H D"],
+  ids: Int[Array, "B K N"],
+  count: Int[Array, "B K"],
+  decode: Callable[[Pages, Int[Array, "B K F"], Bool[Array, "B K F"]], attention.Part],
+  *,
+  stage: int,
+  layer: int | Array,
+) -> tuple[attention.Part, Float[Array, "B K"]]:
+  """What ``decode`` makes of the first ``count`` pages, merged over stages, and bytes moved.
+
   As many stages as the KV head with the most pages needs; the buffer holds one.
 
   Args:
-    q: rotated.
     ids: page numbers; places from ``count`` on hold any page.
-    chosen: which tokens of some pages to attend to.
+    decode: attention of q over the pages of one stage: the pages, their numbers, and which of them
+      count.
     stage: F, pages fetched at once.
   """
   ids = jnp.pad(ids, ((0, 0), (0, 0), (0, -ids.shape[2] % stage)))
@@ -38,8 +63,7 @@ def attend_pages(
     here = jax.lax.dynamic_slice_in_dim(ids, done * stage, stage, axis=2)
     place = done * stage + jnp.arange(stage, dtype=jnp.int32)
     used = place[None, None] < count[..., None]
-    pages = paged.fetch(store, here, layer=layer)
-    new = paged_decode(q, pages, chosen(here) & used[..., None])
+    new = decode(paged.fetch(store, here, layer=layer), here, used)
     return attention.merge([part, new])
 
   nothing = attention.Part(

@@ -25,6 +25,7 @@ from a2ats_jax.methods.h2o import H2O
 from a2ats_jax.methods.kivi import KIVI
 from a2ats_jax.methods.l2norm import L2Norm
 from a2ats_jax.methods.layer_budget import load_profile
+from a2ats_jax.methods.magicpig import MagicPIG
 from a2ats_jax.methods.oracle import Oracle
 from a2ats_jax.methods.prefixkv import PrefixKV
 from a2ats_jax.methods.qaq import QAQ, read_error
@@ -307,6 +308,17 @@ METHODS: Table = MappingProxyType(
       outliers=_count(1),
       key_error=Option(default="1", read=read_error),
       value_error=Option(default="1", read=read_error),
+    ),
+    "magicpig": _entry(
+      "tokens sampled by hash, and weighted by how likely that was",
+      MagicPIG,
+      takes_budget=False,
+      tables=_count(150),
+      bits=_count(10),
+      sinks=_count(4),
+      window=_count(64),
+      page=_count(16),
+      seed=_count(0),
     ),
     REFERENCE: Entry(
       summary="the definition that both equal, slow, with the whole cache on the device",

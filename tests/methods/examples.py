@@ -128,6 +128,14 @@ def qaq_bytes(g: Geometry) -> tuple[int, int]:
   return g.layers * g.batch * g.kv_heads * a_head, 0
 
 
+def magicpig_bytes(g: Geometry) -> tuple[int, int]:
+  """6 tables of 3 bits, 2 sinks, window 6, pages of 4."""
+  slots = -(-g.capacity // 4) * 4
+  a_head = 2 * 6 * slots + 4 * 2 * (2 + 6) * g.head_dim + 4 * g.head_dim
+  heads = g.layers * g.batch * g.kv_heads
+  return heads * a_head + 4 * g.head_dim * 6 * 3, 4 * heads * 2 * slots * g.head_dim
+
+
 _A2ATS = "window=6:sinks=2:page=4"
 
 EXAMPLES: dict[str, Example] = {
@@ -186,6 +194,11 @@ EXAMPLES: dict[str, Example] = {
     options="bits=3:least=1:most=6:window=3:outliers=1:key_error=0.1:value_error=0.01",
     exact="bits=24:least=24:most=24:window=3:outliers=0",
     bytes=qaq_bytes,
+  ),
+  "magicpig": Example(
+    options="tables=6:bits=3:sinks=2:window=6:page=4",
+    exact="tables=6:bits=0:sinks=2:window=6:page=4",
+    bytes=magicpig_bytes,
   ),
   "oracle": Example(options="window=4:sinks=2", exact="window=4:sinks=2", bytes=full_bytes),
 }
