@@ -66,9 +66,10 @@ def unpack(words: UInt[Array, "*lead words"], bits: int) -> UInt[Array, "*lead n
 def encode(x: Float[Array, "*lead n"], *, bits: int, group: int) -> Packed:
   r"""Quantise: ``scale = (max - min) / (2^bits - 1)``, ``code = round((x - min) / scale)``.
 
-  As KIVI does (METHODS of KIVI: ``new_pack.py``), with a guard where a group is constant: its scale
-  is 0 and the floor gives it back. Codes are taken against the float16 scale and floor that are
-  stored, so that reading is the exact inverse of writing.
+  As KIVI's repository does (``new_pack.py``), with guards: the scale of a constant group is 0 and
+  its floor gives it back; floors and scales stay in float16's range, so that numbers beyond 65504
+  come back as the largest there is and never as an infinity. Codes are taken against the float16
+  scale and floor that are stored, so that reading is the exact inverse of writing.
 
   Args:
     x: n a multiple of ``group``.
@@ -79,10 +80,11 @@ def encode(x: Float[Array, "*lead n"], *, bits: int, group: int) -> Packed:
     none = jnp.zeros((*x.shape[:-1], 0), jnp.float16)
     return Packed(x, none, none, bits)
   groups = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, group)
-  low = jnp.min(groups, axis=-1).astype(jnp.float16)
+  most = float(jnp.finfo(jnp.float16).max)
+  low = jnp.clip(jnp.min(groups, axis=-1), -most, most).astype(jnp.float16)
   floor = low.astype(jnp.float32)
   top = (1 << bits) - 1
-  scale = (jnp.maximum(jnp.max(groups, axis=-1) - floor, 0.0) / top).astype(jnp.float16)
+  scale = jnp.clip((jnp.max(groups, axis=-1) - floor) / top, 0.0, most).astype(jnp.float16)
   step = scale.astype(jnp.float32)[..., None]
   codes = jnp.where(step > 0, (groups - floor[..., None]) / jnp.where(step > 0, step, 1.0), 0.0)
   codes = jnp.clip(jnp.rint(codes), 0, top).astype(jnp.uint8)

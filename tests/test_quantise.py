@@ -66,6 +66,15 @@ def test_a_constant_group_is_given_back():
   assert quantise.bytes_of(8, bits=4, group=8, itemsize=4) == 8
 
 
+def test_numbers_beyond_float16_stay_finite():
+  x = jnp.asarray([-1e6, 0.0, 1.0, 1e6, 7e4, 7e4, 7e4, 7e4])
+  got = quantise.decode(quantise.encode(x, bits=8, group=4))
+  assert np.all(np.isfinite(got))
+  assert got[0] == -65504.0
+  assert got[3] > 1e6 / 2
+  np.testing.assert_array_equal(got[4:], got[4])
+
+
 @pytest.mark.parametrize("bits", quantise.BITS)
 def test_zeros_are_what_zeros_are_packed_to(bits):
   want = quantise.encode(jnp.zeros((2, 3, 16)), bits=bits, group=8)

@@ -40,9 +40,9 @@ def quest_reads(method, cache, keys, q, row) -> list[set[int]]:
   return out
 
 
-def clusters_of(method, keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def clusters_of(keys: np.ndarray, c: int) -> tuple[np.ndarray, np.ndarray]:
   """Centroids and labels after 20 rounds from evenly spaced keys."""
-  n, c = len(keys), method.clusters
+  n = len(keys)
   centroids = keys[np.arange(c) * n // c].copy()
 
   def labels() -> np.ndarray:
@@ -58,22 +58,27 @@ def clusters_of(method, keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def cluster_reads(method, cache, keys, q, row) -> list[set[int]]:
-  """Tokens that each query head reads: its best clusters until the budget is full, sinks, later."""
-  length, out = int(cache.lengths[row]), []
-  always = set(range(min(method.sinks, length))) | set(range(length, len(keys)))
+  """Tokens that each query head reads: its best clusters until the budget is full, the sinks, and
+  later tokens that are not clustered yet. Later ones are, ``every`` at a time."""
+  length, out, last = int(cache.lengths[row]), [], len(keys) - 1
+  fresh = length + (last - length) // method.every * method.every
+  always = set(range(min(method.sinks, length))) | set(range(fresh, last + 1))
+  groups = [(method.sinks, length, method.clusters)]
+  groups += [(t, t + method.every, method.fresh) for t in range(length, fresh, method.every)]
   for h, query in enumerate(q):
-    of = keys[method.sinks : length, h // 2]
-    chosen: list[int] = []
-    if len(of):
-      centroids, label = clusters_of(method, of)
-      for j in np.argsort(-(centroids @ query), kind="stable"):
-        chosen += (method.sinks + np.flatnonzero(label == j)).tolist()
+    clusters: list[tuple[float, list[int]]] = []
+    for start, end, count in groups:
+      if start < end:
+        centroids, label = clusters_of(keys[start:end, h // 2], count)
+        members = [(start + np.flatnonzero(label == j)).tolist() for j in range(count)]
+        clusters += zip((-(centroids @ query)).tolist(), members, strict=True)
+    chosen = [token for _, tokens in sorted(clusters, key=lambda c: c[0]) for token in tokens]
     out.append(always | set(chosen[: method.budget.tokens - method.sinks]))
   return out
 
 
-def compare(method, right, reads, cache, *, shared: bool) -> None:
-  for layer, positions, out, _, stats, _ in cases.run_steps(method, cache, 10):
+def compare(method, right, reads, cache, *, shared: bool, steps: int = 10) -> None:
+  for layer, positions, out, _, stats, _ in cases.run_steps(method, cache, steps):
     for row, now in enumerate(positions[:, 0].tolist()):
       keys = turned(cache.k[layer, row, : now + 1], cache.rope)
       q = turned(cache.q[layer, row, now][None], cache.rope, now)[0]
@@ -99,6 +104,16 @@ def test_quest_reads_the_best_pages(seed):
 def test_clusterkv_reads_the_best_clusters(seed):
   cache = cases.draw_cache(SHAPE, seed=seed, lengths=[40, 23, 1], rope="yarn")
   compare(CLUSTER, CLUSTER, cluster_reads, cache, shared=True)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_clusterkv_finds_later_tokens_by_their_own_clusters(seed):
+  """Three times four later tokens become two clusters, whose tokens are then chosen or left."""
+  method = dataclasses.replace(CLUSTER, every=4)
+  cache = cases.draw_cache(SHAPE, seed=seed, lengths=[40, 23, 3], rope="yarn")
+  compare(method, method, cluster_reads, cache, shared=True, steps=12)
+  with pytest.raises(AssertionError):
+    compare(dataclasses.replace(method, fresh=3), method, cluster_reads, cache, shared=True)
 
 
 def test_clusterkv_leaves_nothing_out_where_a_prompt_is_shorter_than_the_sinks():
