@@ -470,6 +470,8 @@ def main(argv: Sequence[str] | None = None) -> None:
   )
   try:
     command.run()
+    if isinstance(command, Eval):
+      command.keep_command(arguments)
   except UserError as e:
     _fail(str(e))
   except BrokenPipeError:  # whoever read our output has gone

@@ -1,6 +1,7 @@
 """The benchmarks as commands."""
 
 import dataclasses
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -247,6 +248,22 @@ class Speed(MethodArgs):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Report:
+  """Runs of a directory as one HTML page and as Markdown: tables, plots, commands, settings."""
+
+  directory: tyro.conf.Positional[Path]
+  """Where runs were left by --out; those in folders below it are shown too."""
+  out: Path | None = None
+  """Directory for report.html and report.md. Default: the runs' own."""
+
+  def run(self) -> None:
+    from eval import report
+
+    for path in report.write(self.directory, self.out):
+      print(path)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Eval:
   """Measure KV methods against full attention and the top-k oracle in one run."""
 
@@ -256,12 +273,21 @@ class Eval:
     | Annotated[Needle, tyro.conf.subcommand("needle")]
     | Annotated[Compare, tyro.conf.subcommand("compare")]
     | Annotated[Speed, tyro.conf.subcommand("speed")]
+    | Annotated[Report, tyro.conf.subcommand("report")]
   )
 
   @property
   def resumes(self) -> bool:
     """Whether finished prompts are kept when it is stopped."""
-    return self.benchmark.out is not None
+    return self.benchmark.out is not None and not isinstance(self.benchmark, Report)
 
   def run(self) -> None:
     self.benchmark.run()
+
+  def keep_command(self, arguments: Sequence[str]) -> None:
+    """Leave what was typed beside the results, for reports."""
+    from a2ats_jax.files import write_atomically
+    from eval.report import COMMAND
+
+    if self.benchmark.out is not None and not isinstance(self.benchmark, Report):
+      write_atomically(self.benchmark.out / COMMAND, shlex.join(["a2ats", *arguments]) + "\n")

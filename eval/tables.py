@@ -27,6 +27,8 @@ COLUMNS: Mapping[str, tuple[str, ...]] = MappingProxyType(
   }
 )
 
+VARY = ("task", "T", "dtype", "batch")  # columns of their own where rows differ in them
+
 HEADS: Mapping[str, str] = MappingProxyType(
   {
     "selected": "chosen",
@@ -84,48 +86,60 @@ def table(rows: Sequence[Row], columns: Sequence[str] | None = None) -> Table:
     columns: figures to show; by default the benchmark's own.
   """
   if columns is None:
-    columns = _columns(rows[0]) if rows else ()
-  varying = [
-    name for name in ("task", "T", "dtype", "batch") if len({row.get(name) for row in rows}) > 1
-  ]
-  named = [name for name in ("task", "T") if rows and rows[0].get(name) is not None]
-  fixed = [f"{name} {rows[0][name]}" for name in named if name not in varying]
-  shown = [*varying, "method", "budget", *columns, "n"]
+    columns = columns_of(rows[0]) if rows else ()
+  names = [*shown(rows, columns), "n"]
+  given = [name for name in ("task", "T") if rows and rows[0].get(name) is not None]
+  fixed = [f"{name} {rows[0][name]}" for name in given if name not in names]
   out = Table(
     title=", ".join(fixed), title_justify="left", box=None, header_style="bold", pad_edge=False
   )
-  for name in shown:
+  for name in names:
     left = name in ("task", "method", "dtype", "baseline")
-    out.add_column(_head(name), justify="left" if left else "right", no_wrap=True)
+    out.add_column(head(name), justify="left" if left else "right", no_wrap=True)
   last: object = None
   for row in rows:
-    group = tuple(row.get(name) for name in ("task", "T", "dtype", "batch"))
+    group = tuple(row.get(name) for name in VARY)
     if last is not None and group != last:
       out.add_section()
     last = group
-    named = {**row, "method": label(row, rows), "budget": budget_label(row)}
-    out.add_row(*(_cell(name, named.get(name)) for name in shown))
+    out.add_row(*cells(row, rows, names))
   return out
 
 
 def markdown(rows: Sequence[Row], columns: Sequence[str]) -> str:
   """A table for a README: methods, budgets and figures; lengths where they vary."""
-  varying = ["T"] if len({row["T"] for row in rows}) > 1 else []
-  shown = [*varying, "method", "budget", *columns]
-  lines = ["| " + " | ".join(_head(name) for name in shown) + " |", "|---" * len(shown) + "|"]
+  names = shown(rows, columns)
+  lines = ["| " + " | ".join(map(head, names)) + " |", "|---" * len(names) + "|"]
   for row in rows:
-    named = {**row, "method": f"`{label(row, rows)}`", "budget": budget_label(row)}
-    lines.append("| " + " | ".join(_cell(name, named.get(name)) for name in shown) + " |")
+    lines.append("| " + " | ".join(cells(row, rows, names, mark="`")) + " |")
   return "\n".join(lines) + "\n"
 
 
-def _head(name: str) -> str:
+def shown(rows: Sequence[Row], columns: Sequence[str]) -> list[str]:
+  """What a table of some figures shows before them: what varies, and who."""
+  varying = [name for name in VARY if len({row.get(name) for row in rows}) > 1]
+  return [*varying, "method", "budget", *columns]
+
+
+def cells(row: Row, rows: Sequence[Row], names: Sequence[str], *, mark: str = "") -> list[str]:
+  """A row's figures as text.
+
+  Args:
+    rows: that it is shown beside.
+    mark: put around the method's name.
+  """
+  method = f"{mark}{label(row, rows)}{mark}"
+  named = {**row, "method": method, "budget": budget_label(row)}
+  return [_cell(name, named.get(name)) for name in names]
+
+
+def head(name: str) -> str:
   """A column's name; of a figure of one task, with the task."""
   figure, _, task = name.partition(" ")
   return " ".join(filter(None, (HEADS.get(figure, figure), task)))
 
 
-def _columns(row: Row) -> Sequence[str]:
+def columns_of(row: Row) -> Sequence[str]:
   """A benchmark's figures, or those of one of its tasks."""
   benchmark = row["benchmark"]
   return COLUMNS.get(benchmark) or COLUMNS.get(f"{benchmark} {row['task']}", ())

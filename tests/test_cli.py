@@ -75,6 +75,7 @@ COMMANDS = (
   ("eval", "needle"),
   ("eval", "compare"),
   ("eval", "speed"),
+  ("eval", "report"),
   ("plan",),
   ("methods",),
   ("profile",),
