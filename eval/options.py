@@ -128,6 +128,8 @@ def config_of(
   """Everything shared that decides a run's results, as JSON types."""
   fields = {f.name: getattr(options, f.name) for f in dataclasses.fields(options)}
   del fields["out"]
+  named = [value for case in cases for key, value in case.spec.options if key == "profile"]
+  profiles = {path: _file_hash(path) for path in dict.fromkeys(named) if path != "uniform"}
   return {
     "benchmark": benchmark,
     "model": {
@@ -136,11 +138,16 @@ def config_of(
       "tokenizer_sha256": model.tokenizer.sha256,
     },
     "codebook_sha256": {name: codebook_hash(book) for name, book in codebooks.items()},
+    **({"profile_sha256": profiles} if profiles else {}),
     **fields,
     "methods": list(dict.fromkeys(str(case.spec) for case in cases)),
     "budgets": [str(budget) for budget in options.budgets],
     "T": list(options.T),
   }
+
+
+def _file_hash(path: str) -> str:
+  return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
 def model_name(model: Model) -> str:

@@ -11,7 +11,8 @@ from a2ats_jax.generate import pad_prompts
 from a2ats_jax.methods.base import Needs
 from a2ats_jax.methods.layer_budget import POINTS, load_profile
 from a2ats_jax.methods.registry import build, parse_method
-from eval import profile
+from eval import fidelity, profile
+from eval.options import parse_methods
 from eval.record import Recorder, record
 from tests.eval import tiny
 
@@ -46,11 +47,33 @@ def test_it_is_the_mean_of_what_prompts_show(tmp_path):
   np.testing.assert_allclose(curves, want, atol=1e-6)
 
 
+def profiled(path, T: int):
+  profile.measure(tiny.model(), [tiny.prose()], path, T=T, limit=1)
+  return path
+
+
 def test_a_method_takes_it_by_name(tmp_path):
   path = tmp_path / "p.json"
   profile.measure(tiny.model(), [tiny.prose()], path, T=40, limit=1)
   method = build(parse_method(f"h2o:profile={path}"), budget=Budget(ratio=0.5))
   assert dataclasses.asdict(method)["profile"] == load_profile(str(path))
+
+
+def test_a_run_knows_the_profile_by_what_it_holds(tmp_path):
+  """Another profile under the same name does not go on with the run."""
+  path, out = tmp_path / "p.json", tmp_path / "run"
+  options = fidelity.FidelityOptions(
+    methods=parse_methods(f"h2o:profile={profiled(path, 40)}"),
+    budgets=(Budget(ratio=0.5),),
+    T=(48,),
+    limit=1,
+    new=2,
+    out=out,
+  )
+  fidelity.run(tiny.model(), options, [tiny.prose()])
+  profiled(path, 60)
+  with pytest.raises(UserError, match="profile_sha256"):
+    fidelity.run(tiny.model(), options, [tiny.prose()])
 
 
 def test_bad_input_is_one_line(tmp_path):
