@@ -252,3 +252,12 @@ def decode_step(
     tail=estimated,
     gap=gap,
   )
+
+
+def turned(x: np.ndarray, rope, first: int = 0) -> np.ndarray:
+  """``[T, heads, D]`` rotated by position, float64."""
+  position = first + np.arange(len(x))[:, None, None]
+  angle = position * np.asarray(rope.inv_freq, np.float64)
+  cos, sin = np.cos(angle) * float(rope.scale), np.sin(angle) * float(rope.scale)
+  a, b = np.split(x.astype(np.float64), 2, axis=-1)
+  return np.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)

@@ -13,7 +13,7 @@ from a2ats_jax.errors import UserError
 from a2ats_jax.methods.actqkv_style import ActQKVStyle, entropy_of, probe_of, share
 from a2ats_jax.rope import rotate
 from tests import cases
-from tests.methods.test_evicting import turned
+from tests.independent import turned
 
 METHOD = ActQKVStyle(
   budget=Budget(ratio=0.25), block=3, repr=2, sinks=2, local=4, window=6, most=3, placement="device"

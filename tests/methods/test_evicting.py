@@ -17,19 +17,11 @@ from a2ats_jax.methods.prefixkv import PrefixKV
 from a2ats_jax.methods.snapkv import SnapKV
 from a2ats_jax.methods.streaming import Streaming
 from tests import cases
+from tests.independent import turned
 
 SHAPE = dataclasses.replace(cases.PAIRS, new=40)
 STEPS = 36
 BUDGET = Budget(ratio=0.3)
-
-
-def turned(x: np.ndarray, rope, first: int = 0) -> np.ndarray:
-  """``[T, heads, D]`` rotated by position, float64."""
-  position = first + np.arange(len(x))[:, None, None]
-  angle = position * np.asarray(rope.inv_freq, np.float64)
-  cos, sin = np.cos(angle) * float(rope.scale), np.sin(angle) * float(rope.scale)
-  a, b = np.split(x.astype(np.float64), 2, axis=-1)
-  return np.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
 
 
 class Row:

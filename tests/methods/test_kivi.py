@@ -8,7 +8,7 @@ import pytest
 from a2ats_jax.errors import UserError
 from a2ats_jax.methods.kivi import KIVI
 from tests import cases
-from tests.methods.test_evicting import turned
+from tests.independent import turned
 
 SHAPE = dataclasses.replace(cases.PAIRS, new=30)
 METHOD = KIVI(bits=4, group=4, residual=8)

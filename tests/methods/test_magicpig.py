@@ -14,7 +14,7 @@ from a2ats_jax.methods import magicpig
 from a2ats_jax.methods.base import Geometry, PromptLayer
 from a2ats_jax.methods.magicpig import MagicPIG
 from tests import cases
-from tests.methods.test_evicting import turned
+from tests.independent import turned
 
 PAIRS = dataclasses.replace(cases.PAIRS, new=25)
 TRIPLE = dataclasses.replace(cases.TRIPLE, new=25)

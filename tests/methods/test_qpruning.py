@@ -9,7 +9,7 @@ from a2ats_jax.budget import Budget
 from a2ats_jax.errors import UserError
 from a2ats_jax.methods.qpruning import QPruningKV
 from tests import cases
-from tests.methods.test_evicting import turned
+from tests.independent import turned
 from tests.methods.test_kivi import coarse
 
 SHAPES = {

@@ -10,21 +10,13 @@ from a2ats_jax.methods.clusterkv import ClusterKV
 from a2ats_jax.methods.full import Full
 from a2ats_jax.methods.quest import Quest
 from tests import cases
+from tests.independent import turned
 
 SHAPE = dataclasses.replace(cases.PAIRS, new=12)
 QUEST = Quest(budget=Budget(tokens=9), page=4)
 CLUSTER = ClusterKV(
   budget=Budget(tokens=11), clusters=4, sinks=2, every=100, fresh=2, page=4, placement="device"
 )
-
-
-def turned(x: np.ndarray, rope, first: int = 0) -> np.ndarray:
-  """``[T, heads, D]`` rotated by position, float64."""
-  position = first + np.arange(len(x))[:, None, None]
-  angle = position * np.asarray(rope.inv_freq, np.float64)
-  cos, sin = np.cos(angle) * float(rope.scale), np.sin(angle) * float(rope.scale)
-  a, b = np.split(x.astype(np.float64), 2, axis=-1)
-  return np.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
 
 
 def quest_reads(method, cache, keys, q, row) -> list[set[int]]:

@@ -8,6 +8,7 @@ import pytest
 from a2ats_jax.budget import Budget
 from a2ats_jax.methods.shadowkv import ShadowKV
 from tests import cases
+from tests.independent import turned
 
 METHOD = ShadowKV(budget=Budget(ratio=0.4), rank=5, chunk=4, outliers=2, local=3)
 SHAPES = {
@@ -16,26 +17,18 @@ SHAPES = {
 }
 
 
-def turned(x: np.ndarray, positions: np.ndarray, rope) -> np.ndarray:
-  """``[T, heads, D]`` rotated, float64."""
-  angle = positions[:, None, None] * np.asarray(rope.inv_freq, np.float64)
-  cos, sin = np.cos(angle) * float(rope.scale), np.sin(angle) * float(rope.scale)
-  a, b = np.split(x.astype(np.float64), 2, axis=-1)
-  return np.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
-
-
 def expected(method: ShadowKV, cache: cases.Cache, layer: int, row: int, position: int):
   """Output ``[H, D]``, tokens read of every KV head, and how close the choice was."""
   p, length = method.chunk, int(cache.lengths[row])
   chunks = max(length - method.local, 0) // p
   k, v = cache.k[layer, row, : position + 1], cache.v[layer, row, : position + 1]
-  exact = turned(k, np.arange(position + 1), cache.rope)
+  exact = turned(k, cache.rope)
   flat = k[: chunks * p].astype(np.float64).reshape(chunks * p, k.shape[1] * k.shape[2])
   u, s, vt = np.linalg.svd(flat, full_matrices=False)
   r = method.rank
   rebuilt = ((u[:, :r] * s[:r]) @ vt[:r]).reshape(chunks * p, *k.shape[1:])
-  rebuilt = turned(rebuilt, np.arange(chunks * p), cache.rope)
-  q = turned(cache.q[layer, row, position][None], np.array([position]), cache.rope)[0]
+  rebuilt = turned(rebuilt, cache.rope)
+  q = turned(cache.q[layer, row, position][None], cache.rope, position)[0]
   heads, kv_heads = q.shape[0], k.shape[1]
   out, read, gap = np.zeros(q.shape), [], np.inf
   for g in range(kv_heads):

@@ -7,7 +7,7 @@ import pytest
 
 from a2ats_jax.methods.think import ThinK
 from tests import cases
-from tests.methods.test_evicting import turned
+from tests.independent import turned
 
 SHAPES = {
   "pairs": dataclasses.replace(cases.PAIRS, new=12),
