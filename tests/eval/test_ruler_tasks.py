@@ -141,6 +141,14 @@ def test_needles_lie_anywhere():
   )
 
 
+def test_keys_never_repeat():
+  """Four keys of two adjectives and two nouns are all there are."""
+  few = material(words=Vocabulary(nouns=("hat", "jar"), adjectives=("icy", "odd"), verbs=()))
+  for index in range(4):
+    keys = asked(prompt("niah_multiquery", index=index, material=few).text)
+    assert sorted(keys) == ["icy-hat", "icy-jar", "odd-hat", "odd-jar"]
+
+
 def test_first_words_go_round_once():
   assert first_words(["a b", "c.", "d e f"], 1, 5) == ["c.", "d e f", "a"]
   assert first_words(["a b", "c.", "d e f"], 2, 2) == ["d e"]
