@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from a2ats_jax.bars import Bars
-from a2ats_jax.cli_args import MethodArgs, codebooks, load, numbers, report
+from a2ats_jax.cli_args import MethodArgs, codebooks, load, note, numbers, report
 from a2ats_jax.errors import UserError
 
 
@@ -125,6 +125,49 @@ class Needle(Benchmark):
     with Bars() as bars:
       rows = needle.run(model, options, kinds, codebooks=codebooks(self, model), progress=bars)
     self.report(rows)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Ruler(Benchmark):
+  """RULER's thirteen tasks: needles, variable tracking, word counts, questions about documents."""
+
+  T: str = "4096"
+  """Tokens of a prompt and of its answer together, as RULER counts them, comma-separated."""
+  limit: int = 4
+  """Prompts of each task and length."""
+  tasks: str = "all"
+  """RULER's names, comma-separated. Default: all thirteen, less the qa tasks whose file is not
+  given."""
+  chat: bool = False
+  """Ask through the model's chat template."""
+  squad: Path | None = None
+  """A file in the format of SQuAD 2.0, such as dev-v2.0.json, for qa_1."""
+  hotpotqa: Path | None = None
+  """A file in the format of HotpotQA, such as hotpot_dev_distractor_v1.json, for qa_2."""
+
+  def run(self) -> None:
+    from eval import texts
+    from eval.ruler import benchmark
+    from eval.ruler.tasks import TASKS
+
+    options = benchmark.RulerOptions(
+      **self.shared(),
+      tasks=tuple(TASKS) if self.tasks == "all" else tuple(self.tasks.split(",")),
+      chat=self.chat,
+    )
+    material = benchmark.gather(texts.gather(self.text), self.squad, self.hotpotqa)
+    model = load(self)
+    with Bars() as bars:
+      rows = benchmark.run(
+        model, options, material, codebooks=codebooks(self, model), progress=bars
+      )
+    self.report(rows)
+    for name, reason in benchmark.not_run(options, material).items():
+      line = f"not run: {name} {reason}"
+      if self.json:
+        note(line)
+      else:
+        print(line)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -271,6 +314,7 @@ class Eval:
     Annotated[Fidelity, tyro.conf.subcommand("fidelity")]
     | Annotated[Recall, tyro.conf.subcommand("recall")]
     | Annotated[Needle, tyro.conf.subcommand("needle")]
+    | Annotated[Ruler, tyro.conf.subcommand("ruler")]
     | Annotated[Compare, tyro.conf.subcommand("compare")]
     | Annotated[Speed, tyro.conf.subcommand("speed")]
     | Annotated[Report, tyro.conf.subcommand("report")]

@@ -89,6 +89,7 @@ def greedy_from(
   lengths: Int[np.ndarray, "B"],
   *,
   new: int,
+  steps: int | None = None,
   stop: Sequence[int] = (),
 ) -> tuple[list[list[int]], list[dict[str, np.ndarray]]]:
   """Greedy continuations, every token of them chosen under the method.
@@ -101,6 +102,7 @@ def greedy_from(
     last: the last token of each prompt.
     lengths: tokens in the state.
     new: tokens to generate at most; a row ends before a stop token.
+    steps: length of the program, ``new`` by default; one of more steps serves other ``new``, too.
 
   Returns:
     The tokens of each row, and the statistics of every step taken, ``[L, B, 1, ...]``.
@@ -118,7 +120,7 @@ def greedy_from(
     jnp.full(len(lengths), new, jnp.int32),
     jax.random.split(jax.random.key(0), len(lengths)),  # greedy draws nothing
     jnp.asarray(stop, jnp.int32),
-    steps=new,
+    steps=new if steps is None else steps,
     sampling=Sampling(),
   )
   ends = {-1, *stop}

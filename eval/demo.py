@@ -21,11 +21,12 @@ from a2ats_jax.codebook import Codebook
 from a2ats_jax.generate import pad_prompts
 from a2ats_jax.methods.registry import DEFAULT_BOOK
 from a2ats_jax.models.model import Model, load_model
-from eval import fidelity, metrics, ruler, tables
+from eval import fidelity, metrics, single_needle, tables
 from eval.decode import greedy_from
 from eval.options import Case, CommonOptions, Progress, cases_of, parse_methods
 from eval.record import record, replay
 from eval.results import Row
+from eval.ruler.scoring import match_all
 from train_codebooks.options import TrainOptions
 from train_codebooks.texts import Text, pydoc_held_out
 from train_codebooks.train import train
@@ -79,10 +80,10 @@ def answer(model: Model, book: Codebook, text: Text, progress: Progress) -> list
   The prompt's last token is the first one decoded, so that the whole answer is the method's.
   """
   rng = random.Random(7)
-  sentences = ruler.sentences_of(text)
-  first = ruler.first_sentence(sentences, model.tokenizer, PROMPT, rng)
-  prompt = ruler.fit(
-    ruler.prose_haystack(sentences, first),
+  sentences = single_needle.sentences_of(text)
+  first = single_needle.first_sentence(sentences, model.tokenizer, PROMPT, rng)
+  prompt = single_needle.fit(
+    single_needle.prose_haystack(sentences, first),
     model.tokenizer,
     rng,
     T=PROMPT,
@@ -113,7 +114,7 @@ def answer(model: Model, book: Codebook, text: Text, progress: Progress) -> list
         "ms": 1e3 * seconds / max(len(stats), 1),
         "asked": prompt.answer,
         "prediction": text_out,
-        "score": ruler.score(text_out, [prompt.answer]),
+        "score": match_all(text_out, [prompt.answer]),
       }
     )
   progress("answer", len(cases), len(cases))

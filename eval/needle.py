@@ -1,8 +1,7 @@
 """A number hidden in a long prompt: does a method still read it out?
 
-Every method answers the same prompts from the same prefill, greedily. A prompt's last token is
-decoded under the method, so that the whole answer is the method's; with the prompt taken in whole,
-exact attention would give every method its first token.
+Every method answers the same prompts from the same prefill, greedily, see :mod:`eval.answers`. The
+whole of RULER is in :mod:`eval.ruler`.
 """
 
 import dataclasses
@@ -12,14 +11,12 @@ from types import MappingProxyType
 
 from a2ats_jax.codebook import Codebook
 from a2ats_jax.errors import UserError
-from a2ats_jax.generate import pad_prompts
 from a2ats_jax.models.model import Model
-from eval import harness, metrics, plots, ruler
-from eval.decode import bytes_of, greedy_from
+from eval import answers, harness, plots, single_needle
 from eval.options import Case, CommonOptions, Progress, cases_of, check_context, config_of, row_of
-from eval.record import record, replay
 from eval.results import Row, open_run
-from eval.ruler import NeedlePrompt
+from eval.ruler.scoring import match_all
+from eval.single_needle import NeedlePrompt
 from train_codebooks.texts import Text
 
 
@@ -71,7 +68,7 @@ def make_prompts(
   if "prose" in options.haystacks:
     if not kinds:
       raise UserError("haystacks: prose needs a text, got none")
-    tasks += [(f"niah-{kind.name}", ruler.sentences_of(kind)) for kind in kinds]
+    tasks += [(f"niah-{kind.name}", single_needle.sentences_of(kind)) for kind in kinds]
   for task, sentences in tasks:
     for T in options.T:
       prompts[task, T] = [
@@ -84,11 +81,11 @@ def _prompt(
   model: Model, options: NeedleOptions, task: str, sentences: list[str] | None, T: int, index: int
 ) -> NeedlePrompt:
   rng = random.Random(f"{options.seed} {task} {T} {index}")
-  context, most = ruler.noise_haystack(), T
+  context, most = single_needle.noise_haystack(), T
   if sentences is not None:
-    first = ruler.first_sentence(sentences, model.tokenizer, T, rng)
-    context, most = ruler.prose_haystack(sentences, first), len(sentences) - first
-  return ruler.fit(
+    first = single_needle.first_sentence(sentences, model.tokenizer, T, rng)
+    context, most = single_needle.prose_haystack(sentences, first), len(sentences) - first
+  return single_needle.fit(
     context,
     model.tokenizer,
     rng,
@@ -136,7 +133,9 @@ def run(
 
   harness.run_units(finished, units, cases, measure, progress)
   rows = [
-    row_of("needle", task, model, case, T, options, n=len(results), figures=_summary(results))
+    row_of(
+      "needle", task, model, case, T, options, n=len(results), figures=answers.summary(results)
+    )
     for task, T, case, results in harness.grouped(finished, units, cases)
   ]
   finished.finish(rows)
@@ -154,15 +153,16 @@ def _measure(
   progress: Progress | None,
   step: harness.Step,
 ) -> list[Row]:
-  tokens, lengths = pad_prompts([p.ids[:-1] for p in prompts], model.config, new=options.new)
-  recording = record(
-    model.decoder,
-    tokens,
-    lengths,
-    methods=[case.method for case in cases],
-    progress=harness.layers_of(progress),
+  results = answers.answer(
+    model,
+    cases,
+    [prompt.ids for prompt in prompts],
+    lambda row, text: match_all(text, [prompts[row].answer]),
+    new=options.new,
+    step=lambda score: step(T=float(unit.T), score=score),
+    progress=progress,
   )
-  lines: list[Row] = [
+  return [
     {
       "task": unit.task,
       "T": unit.T,
@@ -170,42 +170,7 @@ def _measure(
       "depth": prompt.depth,
       "tokens": len(prompt.ids),
       "answer": prompt.answer,
-      "results": [],
+      "results": result,
     }
-    for index, prompt in zip(unit.indices, prompts)
+    for index, prompt, result in zip(unit.indices, prompts, results)
   ]
-  for case in cases:
-    state = replay(model.config, recording, case.method, new=options.new)
-    size = bytes_of((state, case.method))
-    generated, stats = greedy_from(
-      model.decoder,
-      case.method,
-      state,
-      [prompt.ids[-1] for prompt in prompts],
-      lengths,
-      new=options.new,
-      stop=model.tokenizer.eos_ids,
-    )
-    for row, (line, prompt) in enumerate(zip(lines, prompts)):
-      text = model.tokenizer.decode(generated[row])
-      result = case.identity | {"prediction": text, "score": ruler.score(text, [prompt.answer])}
-      # Steps after a row's end read nothing.
-      taken = [s for s in stats if "length" in s and s["length"][0, row, 0] > 0]
-      figures = [metrics.reading(s, row) for s in taken]
-      if figures:
-        result |= {k: metrics.spread([f[k] for f in figures])[0] for k in figures[0]}
-      line["results"].append(result | size)
-    step(T=float(unit.T), score=metrics.spread([line["results"][-1]["score"] for line in lines])[0])
-  return lines
-
-
-def _summary(results: Sequence[Row]) -> Row:
-  figures: Row = {}
-  sizes = ("moved_bytes", "read_bytes", "tail", "device_bytes", "host_bytes")
-  for name in ("read", "selected", *sizes):
-    there = [float(r[name]) for r in results if name in r]
-    if there:
-      figures[name] = metrics.spread(there)[0]
-  scores = [r["score"] for r in results]
-  figures["score"], figures["score_std"], figures["score_se"] = metrics.spread(scores)
-  return figures

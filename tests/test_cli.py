@@ -73,6 +73,7 @@ COMMANDS = (
   ("eval", "fidelity"),
   ("eval", "recall"),
   ("eval", "needle"),
+  ("eval", "ruler"),
   ("eval", "compare"),
   ("eval", "speed"),
   ("eval", "report"),

@@ -9,9 +9,10 @@ from a2ats_jax.budget import Budget
 from a2ats_jax.errors import UserError
 from a2ats_jax.generate import generate
 from a2ats_jax.methods.full import Full
-from eval import ruler
+from eval import single_needle
 from eval.needle import NeedleOptions, make_prompts, run
 from eval.options import parse_methods
+from eval.ruler.scoring import match_all
 from tests.eval import tiny
 
 
@@ -129,16 +130,16 @@ def test_prose_needs_a_text():
   ],
 )
 def test_scoring_by_hand(prediction, answers, expected):
-  assert ruler.score(prediction, answers) == expected
+  assert match_all(prediction, answers) == expected
 
 
 def test_a_drawn_first_sentence_leaves_enough_text():
-  sentences = ruler.sentences_of(tiny.prose())
+  sentences = single_needle.sentences_of(tiny.prose())
   tokenizer = tiny.model().tokenizer
   for seed in range(20):
-    first = ruler.first_sentence(sentences, tokenizer, 1500, random.Random(seed))
+    first = single_needle.first_sentence(sentences, tokenizer, 1500, random.Random(seed))
     assert len(" ".join(sentences[first:])) + 1 >= 1500
-  assert ruler.first_sentence(sentences, tokenizer, 10**6, random.Random(0)) == 0
+  assert single_needle.first_sentence(sentences, tokenizer, 10**6, random.Random(0)) == 0
 
 
 def test_every_method_answers_the_same_prompts_and_a_killed_run_resumes(tmp_path):

@@ -10,15 +10,15 @@ is too short is refused, not repeated.
 
 import dataclasses
 import random
-import re
 from collections.abc import Callable, Sequence
 
 from a2ats_jax.errors import UserError
 from a2ats_jax.models.tokenizer import Tokenizer
+from eval.ruler import haystack
+from eval.ruler.haystack import NOISE
+from eval.ruler.needles import NEEDLE
 from train_codebooks.texts import Text
 
-NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
-NEEDLE = "One of the special magic numbers for {key} is: {value}."
 PROMPT = (
   "A special magic number is hidden within the following text. Make sure to memorize it. I will "
   "quiz you about the number afterwards.\n{context}\nWhat is the special magic number for {key} "
@@ -71,9 +71,8 @@ def noise_haystack() -> Callable[[int, str, float], str]:
 
 
 def sentences_of(text: Text) -> list[str]:
-  """Sentences with white space made single blanks."""
-  flat = re.sub(r"\s+", " ", text.text).strip()
-  return re.split(r"(?<=[.!?]) ", flat)
+  """Sentences, see :func:`eval.ruler.haystack.sentences_of`."""
+  return haystack.sentences_of(text.text)
 
 
 def first_sentence(
@@ -123,7 +122,7 @@ def fit(
   """
   key = f"{rng.choice(_FIRST)}-{rng.choice(_SECOND)}"
   value = str(rng.randint(10**6, 10**7 - 1))
-  needle = NEEDLE.format(key=key, value=value)
+  needle = NEEDLE.format(kind="numbers", key=key, value=value)
 
   def build(units: int) -> tuple[str, list[int]]:
     text = PROMPT.format(context=context(units, needle, depth), key=key)
@@ -147,8 +146,3 @@ def fit(
       f"needle: the text fills {len(ids)} tokens from its first to last unit, T is {T}"
     )
   return NeedlePrompt(ids=tuple(ids), depth=depth, text=text, answer=value)
-
-
-def score(prediction: str, answers: Sequence[str]) -> float:
-  """RULER's string match: the share of answers that occur in the prediction, case aside."""
-  return sum(answer.lower() in prediction.lower() for answer in answers) / len(answers)
