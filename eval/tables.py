@@ -15,6 +15,7 @@ COLUMNS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     "fidelity": ("selected", "kl", "kl_se", "top1", "ppl", "moved_bytes", "read_bytes", "tail"),
     "recall": ("selected", "mass", "mass_se", "far_mass", "topk_recall"),
     "needle": ("selected", "score", "score_se", "moved_bytes"),
+    "longbench": ("selected", "score", "score_se", "moved_bytes", "read_bytes"),
     "speed attention": (
       *("selected", "fetched", "ms", "ms_low", "ms_high", "baseline", "baseline_ms", "ratio"),
       *("score_ms", "selection_ms", "selection_share", "moved_bytes"),

@@ -73,6 +73,7 @@ COMMANDS = (
   ("eval", "fidelity"),
   ("eval", "recall"),
   ("eval", "needle"),
+  ("eval", "longbench"),
   ("eval", "compare"),
   ("eval", "speed"),
   ("plan",),
