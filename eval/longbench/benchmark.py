@@ -182,7 +182,7 @@ def run(
     for task, T, case, results in harness.grouped(finished, list(batches), cases)
   ]
   if len(work.hashes) > 1:
-    rows += _averages(rows)
+    rows += averages(rows)
   finished.finish(rows)
   if options.out is not None:
     shown = [row for row in rows if row["task"] == AVERAGE] or rows
