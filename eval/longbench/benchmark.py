@@ -237,7 +237,7 @@ def _summary(results: Sequence[Row]) -> Row:
   return figures
 
 
-def _averages(rows: Sequence[Row]) -> list[Row]:
+def averages(rows: Sequence[Row]) -> list[Row]:
   """A row for every length and case: means over datasets, each of the same weight."""
   groups: dict[tuple[object, ...], list[Row]] = {}
   for row in rows:
