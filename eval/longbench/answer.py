@@ -6,12 +6,16 @@ the prompt taken in whole, exact attention would give every method its first tok
 
 from collections.abc import Iterator, Sequence
 
+import jax.numpy as jnp
 import numpy as np
 
-from a2ats_jax.generate import CHUNK, pad_prompts
+from a2ats_jax.generate import CHUNK, decode_step, pad_prompts
+from a2ats_jax.methods.base import Method, State
+from a2ats_jax.models.decoder import Decoder
 from a2ats_jax.models.model import Model
+from a2ats_jax.typing import Int
 from eval import harness, metrics
-from eval.decode import bytes_of, greedy_from
+from eval.decode import bytes_of, figures_of, greedy_from
 from eval.options import Case, Progress
 from eval.record import record, replay
 from eval.results import Row
@@ -42,14 +46,18 @@ def answers(
   *,
   new: int,
   width: int,
+  stop: Sequence[int],
+  some: bool = False,
   progress: Progress | None = None,
 ) -> Iterator[list[Row]]:
   """What every case answers to a batch of prompts.
 
   Args:
     prompts: token ids, two or more each; lengths may differ.
-    new: tokens generated at most; an answer ends before a token that ends a generation.
+    new: tokens generated at most.
     width: slots of the prompts without their last tokens; a multiple of 512.
+    stop: tokens before which an answer ends.
+    some: no answer is empty: none of ``stop`` may come first.
 
   Yields:
     Case after case, a row a prompt: the case's identity, ``prediction``, what was read
@@ -60,17 +68,13 @@ def answers(
   methods = [case.method for case in cases]
   layers = harness.layers_of(progress)
   recording = record(model.decoder, tokens, lengths, methods=methods, progress=layers)
+  continued = _greedy_some if some else greedy_from
   for case in cases:
     state = replay(model.config, recording, case.method, new=new)
     size = bytes_of((state, case.method))
-    generated, stats = greedy_from(
-      model.decoder,
-      case.method,
-      state,
-      [ids[-1] for ids in prompts],
-      lengths,
-      new=new,
-      stop=model.tokenizer.eos_ids,
+    last = [ids[-1] for ids in prompts]
+    generated, stats = continued(
+      model.decoder, case.method, state, last, lengths, new=new, stop=stop
     )
     rows = []
     for row, ids in enumerate(generated):
@@ -80,3 +84,26 @@ def answers(
       means = {k: metrics.spread([f[k] for f in figures])[0] for k in figures[0]} if figures else {}
       rows.append(case.identity | {"prediction": model.tokenizer.decode(ids)} | means | size)
     yield rows
+
+
+def _greedy_some(
+  decoder: Decoder,
+  method: Method,
+  state: State,
+  last: Sequence[int],
+  lengths: Int[np.ndarray, "B"],
+  *,
+  new: int,
+  stop: Sequence[int],
+) -> tuple[list[list[int]], list[dict[str, np.ndarray]]]:
+  """:func:`eval.decode.greedy_from`, but the first token is the best that is no stop token."""
+  logits, state, stats = decode_step(
+    decoder, method, state, jnp.asarray(last, jnp.int32)[:, None], jnp.asarray(lengths)[:, None]
+  )
+  best = np.array(logits[:, 0])
+  best[:, list(stop)] = -np.inf
+  first = best.argmax(axis=-1).tolist()
+  if new == 1:
+    return [[token] for token in first], [figures_of(stats)]
+  rest, more = greedy_from(decoder, method, state, first, lengths + 1, new=new - 1, stop=stop)
+  return [[token, *row] for token, row in zip(first, rest)], [figures_of(stats), *more]

@@ -212,8 +212,20 @@ def _measure(
     }
     for index, prompt in zip(unit.indices, batch.prompts)
   ]
-  asked = [prompt.ids.tolist() for prompt in batch.prompts]
-  for results in answers(model, asked, cases, new=batch.new, width=batch.width, progress=progress):
+  stop = list(model.tokenizer.eos_ids)
+  if task.one_line:
+    stop.append(model.tokenizer.encode("\n", special=False)[-1])
+  every = answers(
+    model,
+    [prompt.ids.tolist() for prompt in batch.prompts],
+    cases,
+    new=batch.new,
+    width=batch.width,
+    stop=stop,
+    some=task.one_line,
+    progress=progress,
+  )
+  for results in every:
     for line, result in zip(lines, results):
       score = task.score(result["prediction"], line["answers"], line["classes"])
       line["results"].append(result | {"score": score})

@@ -20,12 +20,14 @@ class Task:
     metric: a name in :data:`eval.longbench.metrics.METRICS`.
     new: tokens generated at most.
     prompt: with ``{context}`` and, mostly, ``{input}``.
+    one_line: an answer ends at a newline and is not empty.
   """
 
   kind: str
   metric: str
   new: int
   prompt: str
+  one_line: bool = False
 
   @property
   def chat(self) -> bool:

@@ -10,14 +10,14 @@ import tokenizers
 
 from a2ats_jax.budget import Budget
 from a2ats_jax.errors import UserError
-from a2ats_jax.generate import generate
+from a2ats_jax.generate import generate, pad_prompts, prefill
 from a2ats_jax.methods.full import Full
 from a2ats_jax.models.tokenizer import Tokenizer
 from eval.longbench import data
-from eval.longbench.answer import width_of
+from eval.longbench.answer import answers, width_of
 from eval.longbench.benchmark import LongbenchOptions, averages, prepare, run
 from eval.longbench.tasks import tasks
-from eval.options import parse_methods
+from eval.options import CommonOptions, cases_of, parse_methods
 from tests.eval import tiny
 
 SIGNS = [chr(i) for i in range(32, 127)]
@@ -67,6 +67,7 @@ def test_the_datasets_are_longbenchs():
   }
   plain = {name for name, task in tasks().items() if not task.chat}
   assert plain == {"trec", "triviaqa", "samsum", "lsht", "lcc", "repobench-p"}
+  assert {name for name, task in tasks().items() if task.one_line} == {"samsum"}
   alone = {name for name, task in tasks().items() if "{input}" not in task.prompt}
   assert alone == {"gov_report", "multi_news", "vcsum", "passage_count", "lcc"}
   assert all(task.prompt.count("{context}") == 1 for task in tasks().values())
@@ -355,6 +356,29 @@ def test_every_method_answers_the_same_prompts_and_a_killed_run_resumes(tmp_path
   write(folder, "trec", [line(answers=SIGNS, all_classes=SIGNS)])
   with pytest.raises(UserError, match=r"belongs to another run: data\.trec was"):
     measure(cut, batch=2)
+
+
+def test_an_answer_of_one_line_is_not_empty_and_ends_at_a_newline():
+  """With the likeliest token as the one that ends an answer, the second likeliest comes first."""
+  model, ids = tiny.model(), list(map(ord, "Ann lost her key. Bob has it. "))
+  cases = cases_of(CommonOptions(methods=parse_methods("full")), {})[:1]
+  tokens, lengths = pad_prompts([ids], model.config, new=0)
+  logits, _ = prefill(model.decoder, Full(), tokens, lengths, new=0)
+  likeliest, second = np.argsort(-np.asarray(logits[0]))[:2].tolist()
+
+  def answer(new, **more):
+    rows = next(answers(model, [ids], cases, new=new, width=512, stop=[likeliest], **more))
+    return [ord(sign) for sign in rows[0]["prediction"]]
+
+  assert answer(4) == []
+  assert answer(1, some=True) == [second]
+  # what follows is what follows the prompt with that token put to it
+  blocks = generate(model.decoder, Full(), [[*ids, second]], new=3, stop=[likeliest])
+  made = [token for block in blocks for token in block.tokens[0].tolist()]
+  assert answer(4, some=True) == [
+    second,
+    *(token for token in made if token not in (-1, likeliest)),
+  ]
 
 
 def test_one_dataset_has_no_average(tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -13,13 +14,15 @@ from eval.longbench.tasks import tasks
 SCORES = Path(__file__).parent.parent / "data" / "longbench_scores.json"  # make_longbench_scores.py
 
 
-def test_scores_are_those_of_lm_eval():
+@pytest.mark.parametrize("metric", list(metrics.METRICS))
+def test_scores_are_those_of_lm_eval(metric):
   cases = json.loads(SCORES.read_text(encoding="utf-8"))
-  assert {case["metric"] for case in cases} == set(metrics.METRICS)
-  for case in cases:
+  mine = [case for case in cases if case["metric"] == metric]
+  assert len(mine) == 12
+  for case in mine:
     more = {"classes": case["classes"]} if "classes" in case else {}
-    metric = metrics.METRICS[case["metric"]]
-    assert metric(case["prediction"], case["answer"], **more) == case["score"], case
+    score = metrics.METRICS[metric](case["prediction"], case["answer"], **more)
+    assert score == case["score"], case
 
 
 @pytest.mark.parametrize(
@@ -95,7 +98,8 @@ def test_a_text_of_very_many_words_is_scored_and_the_stack_is_as_before():
   [("jieba", {"qa_f1_zh", "rouge_zh"}), ("rouge", {"rouge", "rouge_zh"})],
 )
 def test_a_missing_package_is_asked_for_where_it_is_needed(monkeypatch, package, needed):
-  monkeypatch.setitem(sys.modules, package, None)
+  for name in ("jieba", "rouge"):
+    monkeypatch.setitem(sys.modules, name, None if name == package else types.ModuleType(name))
   for name in sorted(needed):
     with pytest.raises(UserError) as caught:
       metrics.check(name)
