@@ -13,7 +13,7 @@ from a2ats_jax.errors import UserError
 from a2ats_jax.generate import generate, pad_prompts, prefill
 from a2ats_jax.methods.full import Full
 from a2ats_jax.models.tokenizer import Tokenizer
-from eval.longbench import data
+from eval.longbench import benchmark, data
 from eval.longbench.answer import answers, width_of
 from eval.longbench.benchmark import LongbenchOptions, averages, prepare, run
 from eval.longbench.tasks import tasks
@@ -379,6 +379,24 @@ def test_an_answer_of_one_line_is_not_empty_and_ends_at_a_newline():
     second,
     *(token for token in made if token not in (-1, likeliest)),
   ]
+
+
+def test_a_newline_ends_answers_of_samsum_alone(tmp_path, monkeypatch):
+  seen = []
+
+  def fake(model, prompts, cases, *, stop, some, **rest):
+    seen.append((list(stop), some))
+    return iter([[case.identity | {"prediction": "Ann went.", "read": 1.0}] for case in cases])
+
+  monkeypatch.setattr(benchmark, "answers", fake)
+  for name in ("hotpotqa", "samsum"):
+    write(tmp_path, name, [line(answers=["Bob", "Ann"])])
+  asked = options(tmp_path, methods=parse_methods("full"))
+  rows = run(tiny.model(), asked, prepare(tiny.model(), asked))
+  assert seen == [([], False), ([ord("\n")], True)]
+  scores = {row["task"]: row["score"] for row in rows}  # precision 1/2, recall 1
+  expected = {"hotpotqa": 2 / 3, "samsum": 2 / 3, "average": 2 / 3}
+  assert scores == pytest.approx(expected, abs=1e-7)
 
 
 def test_one_dataset_has_no_average(tmp_path):
