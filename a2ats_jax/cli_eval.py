@@ -35,8 +35,6 @@ class Benchmark(MethodArgs):
   """Directory for config.yaml, metrics.json, predictions.jsonl and plots; a killed run goes on."""
   json: bool = False
   """Print the result rows as JSON lines on stdout instead of a table."""
-  text: tuple[Path, ...] = ()
-  """UTF-8 files of prose, each its own kind. Default: held-out reference text of CPython."""
 
   def shared(self) -> dict[str, Any]:
     """The options that all benchmarks share, parsed."""
@@ -59,7 +57,15 @@ class Benchmark(MethodArgs):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Fidelity(Benchmark):
+class TextBenchmark(Benchmark):
+  """What every benchmark over prose takes."""
+
+  text: tuple[Path, ...] = ()
+  """UTF-8 files of prose, each its own kind. Default: held-out reference text of CPython."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Fidelity(TextBenchmark):
   """How far next-token distributions are from full attention's on held-out text."""
 
   new: int = 32
@@ -76,7 +82,7 @@ class Fidelity(Benchmark):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Recall(Benchmark):
+class Recall(TextBenchmark):
   """What share of true attention, and of the true top tokens, a selection catches."""
 
   new: int = 32
@@ -93,7 +99,7 @@ class Recall(Benchmark):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Needle(Benchmark):
+class Needle(TextBenchmark):
   """RULER's single needle in noise and in prose at several depths: is the number still found?"""
 
   new: int = 16
@@ -128,7 +134,7 @@ class Needle(Benchmark):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Ruler(Benchmark):
+class Ruler(TextBenchmark):
   """RULER's thirteen tasks: needles, variable tracking, word counts, questions about documents."""
 
   T: str = "4096"
@@ -171,7 +177,46 @@ class Ruler(Benchmark):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Compare(Benchmark):
+class Longbench(Benchmark):
+  """LongBench, from its files: questions, summaries, few-shot tasks, retrieval, counting, code."""
+
+  data: Path
+  """Directory with LongBench's files, a dataset each: qasper.jsonl, hotpotqa.jsonl, ..."""
+  datasets: str = ""
+  """Which ones, comma-separated. Default: every one that has a file."""
+  T: str = "4096"
+  """Tokens of a prompt at most, comma-separated; a longer prompt loses its middle. The tokens of a
+  chat template come on top."""
+  limit: int = 500
+  """Prompts of each dataset, drawn by the seed; no dataset has more than 500."""
+  new: int = 512
+  """Tokens generated for each answer at most; LongBench's own number (32 to 512) where that is
+  less."""
+  chat: bool = True
+  """Ask through the model's chat template, if it has one; few-shot and code never are."""
+
+  def run(self) -> None:
+    from eval.longbench import benchmark
+
+    options = benchmark.LongbenchOptions(
+      **self.shared(),
+      new=self.new,
+      data=self.data,
+      datasets=tuple(filter(None, self.datasets.split(","))),
+      chat=self.chat,
+    )
+    model = load(self)
+    books = codebooks(self, model)
+    with Bars() as bars:
+      work = benchmark.prepare(model, options, progress=bars)
+    note(work.summary)
+    with Bars() as bars:
+      rows = benchmark.run(model, options, work, codebooks=books, progress=bars)
+    self.report(rows)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Compare(TextBenchmark):
   """All methods side by side: closeness, needles, and bytes read, moved and held, in one table."""
 
   methods: str = "all"
@@ -315,6 +360,7 @@ class Eval:
     | Annotated[Recall, tyro.conf.subcommand("recall")]
     | Annotated[Needle, tyro.conf.subcommand("needle")]
     | Annotated[Ruler, tyro.conf.subcommand("ruler")]
+    | Annotated[Longbench, tyro.conf.subcommand("longbench")]
     | Annotated[Compare, tyro.conf.subcommand("compare")]
     | Annotated[Speed, tyro.conf.subcommand("speed")]
     | Annotated[Report, tyro.conf.subcommand("report")]

@@ -4,20 +4,81 @@ A prompt's last token is decoded under the method, so that the whole answer is t
 the prompt taken in whole, exact attention would give every method its first token.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
+import jax.numpy as jnp
 import numpy as np
 
-from a2ats_jax.generate import pad_prompts
+from a2ats_jax.generate import decode_step, pad_prompts
+from a2ats_jax.methods.base import Method, State
+from a2ats_jax.models.decoder import Decoder
 from a2ats_jax.models.model import Model
+from a2ats_jax.typing import Int
 from eval import harness, metrics
-from eval.decode import bytes_of, greedy_from
+from eval.decode import bytes_of, figures_of, greedy_from
 from eval.options import Case, Progress
 from eval.record import record, replay
 from eval.results import Row
 
 
-def answer(
+def answers(
+  model: Model,
+  cases: Sequence[Case],
+  prompts: Sequence[Sequence[int]],
+  *,
+  new: int,
+  room: int | None = None,
+  width: int = 0,
+  stop: Sequence[int] | None = None,
+  some: bool = False,
+  progress: Progress | None = None,
+) -> Iterator[list[Row]]:
+  """What every case answers to a batch of prompts.
+
+  Args:
+    prompts: token ids, two or more each; lengths may differ.
+    new: tokens to generate at most.
+    room: new tokens that a state has room for; ``new`` by default. One for answers of different
+      lengths makes them share a program.
+    width: columns to pad prompts without their last tokens to, where they need fewer.
+    stop: tokens before which an answer ends; the tokenizer's ends by default.
+    some: no answer is empty: none of ``stop`` may come first.
+    progress: told of the prefill's layers.
+
+  Yields:
+    Case after case, a row a prompt: the case's identity, ``prediction``, means over steps of what
+    was read, and the bytes of a batch's state.
+  """
+  room = new if room is None else room
+  stop = model.tokenizer.eos_ids if stop is None else stop
+  tokens, lengths = pad_prompts([ids[:-1] for ids in prompts], model.config, new=new)
+  tokens = np.pad(tokens, ((0, 0), (0, max(width - tokens.shape[1], 0))))
+  recording = record(
+    model.decoder,
+    tokens,
+    lengths,
+    methods=[case.method for case in cases],
+    progress=harness.layers_of(progress),
+  )
+  last = [ids[-1] for ids in prompts]
+  greedy = _greedy_some if some else greedy_from
+  for case in cases:
+    state = replay(model.config, recording, case.method, new=room)
+    size = bytes_of((state, case.method))
+    generated, stats = greedy(
+      model.decoder, case.method, state, last, lengths, new=new, steps=room, stop=stop
+    )
+    rows = []
+    for row, ids in enumerate(generated):
+      # Steps after a row's end read nothing.
+      taken = [s for s in stats if "length" in s and s["length"][0, row, 0] > 0]
+      figures = [metrics.reading(s, row) for s in taken]
+      means = {k: metrics.spread([f[k] for f in figures])[0] for k in figures[0]} if figures else {}
+      rows.append(case.identity | {"prediction": model.tokenizer.decode(ids)} | means | size)
+    yield rows
+
+
+def scored(
   model: Model,
   cases: Sequence[Case],
   prompts: Sequence[Sequence[int]],
@@ -29,54 +90,21 @@ def answer(
   width: int = 0,
   progress: Progress | None = None,
 ) -> list[list[Row]]:
-  """Every prompt's answer by every case.
+  """Every prompt's answers by every case, with their scores.
 
   Args:
     score: of a prompt's place among them and its answer's text.
-    new: tokens to generate at most.
     step: called after each case with the mean score.
-    room: new tokens that a state has room for; ``new`` by default. One for answers of different
-      lengths makes them share a program.
-    width: columns to pad prompts to, where they need fewer.
-    progress: told of the prefill's layers.
+    new, room, width, progress: as in :func:`answers`.
 
   Returns:
-    A row for each prompt and case: the case's identity, ``prediction``, ``score``, means over steps
-    of what was read, and the bytes of a batch's state.
+    For each prompt a row for each case, see :func:`answers`, with ``score``.
   """
-  room = new if room is None else room
-  tokens, lengths = pad_prompts([ids[:-1] for ids in prompts], model.config, new=new)
-  tokens = np.pad(tokens, ((0, 0), (0, max(width - tokens.shape[1], 0))))
-  recording = record(
-    model.decoder,
-    tokens,
-    lengths,
-    methods=[case.method for case in cases],
-    progress=harness.layers_of(progress),
-  )
   results: list[list[Row]] = [[] for _ in prompts]
-  for case in cases:
-    state = replay(model.config, recording, case.method, new=room)
-    size = bytes_of((state, case.method))
-    generated, stats = greedy_from(
-      model.decoder,
-      case.method,
-      state,
-      [ids[-1] for ids in prompts],
-      lengths,
-      new=new,
-      steps=room,
-      stop=model.tokenizer.eos_ids,
-    )
-    for row, mine in enumerate(results):
-      text = model.tokenizer.decode(generated[row])
-      result = case.identity | {"prediction": text, "score": score(row, text)}
-      # Steps after a row's end read nothing.
-      taken = [s for s in stats if "length" in s and s["length"][0, row, 0] > 0]
-      figures = [metrics.reading(s, row) for s in taken]
-      if figures:
-        result |= {k: metrics.spread([f[k] for f in figures])[0] for k in figures[0]}
-      mine.append(result | size)
+  every = answers(model, cases, prompts, new=new, room=room, width=width, progress=progress)
+  for rows in every:
+    for place, (mine, row) in enumerate(zip(results, rows)):
+      mine.append(row | {"score": score(place, row["prediction"])})
     step(metrics.spread([mine[-1]["score"] for mine in results])[0])
   return results
 
@@ -92,3 +120,29 @@ def summary(results: Sequence[Row]) -> Row:
   scores = [r["score"] for r in results]
   figures["score"], figures["score_std"], figures["score_se"] = metrics.spread(scores)
   return figures
+
+
+def _greedy_some(
+  decoder: Decoder,
+  method: Method,
+  state: State,
+  last: Sequence[int],
+  lengths: Int[np.ndarray, "B"],
+  *,
+  new: int,
+  steps: int,
+  stop: Sequence[int],
+) -> tuple[list[list[int]], list[dict[str, np.ndarray]]]:
+  """:func:`eval.decode.greedy_from`, but the first token is the best that is no stop token."""
+  logits, state, stats = decode_step(
+    decoder, method, state, jnp.asarray(last, jnp.int32)[:, None], jnp.asarray(lengths)[:, None]
+  )
+  best = np.array(logits[:, 0])
+  best[:, list(stop)] = -np.inf
+  first = best.argmax(axis=-1).tolist()
+  if new == 1:
+    return [[token] for token in first], [figures_of(stats)]
+  rest, more = greedy_from(
+    decoder, method, state, first, lengths + 1, new=new - 1, steps=steps - 1, stop=stop
+  )
+  return [[token, *row] for token, row in zip(first, rest)], [figures_of(stats), *more]

@@ -153,7 +153,7 @@ def _measure(
   progress: Progress | None,
   step: harness.Step,
 ) -> list[Row]:
-  results = answers.answer(
+  results = answers.scored(
     model,
     cases,
     [prompt.ids for prompt in prompts],

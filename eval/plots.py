@@ -19,7 +19,7 @@ LABELS: Mapping[str, str] = MappingProxyType(
     "kl": "KL(full || method), nats a token",
     "top1": "top-1 agreement with full attention",
     "ppl": "perplexity",
-    "score": "answers found, share",
+    "score": "score, 0 to 1",
     "mass": "attention mass caught",
     "far_mass": "share of far attention mass caught",
     "topk_recall": "recall of the true top-k",

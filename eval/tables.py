@@ -16,6 +16,7 @@ COLUMNS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     "recall": ("selected", "mass", "mass_se", "far_mass", "topk_recall"),
     "needle": ("selected", "score", "score_se", "moved_bytes"),
     "ruler": ("selected", "score", "score_se", "tasks", "tokens", "moved_bytes"),
+    "longbench": ("selected", "score", "score_se", "moved_bytes", "read_bytes"),
     "speed attention": (
       *("selected", "fetched", "ms", "ms_low", "ms_high", "baseline", "baseline_ms", "ratio"),
       *("score_ms", "selection_ms", "selection_share", "moved_bytes"),

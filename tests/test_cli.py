@@ -74,6 +74,7 @@ COMMANDS = (
   ("eval", "recall"),
   ("eval", "needle"),
   ("eval", "ruler"),
+  ("eval", "longbench"),
   ("eval", "compare"),
   ("eval", "speed"),
   ("eval", "report"),
@@ -164,6 +165,22 @@ def test_benchmarks_write_and_print_rows(capfd, model_dir, books, prose, tmp_pat
   assert metrics["rows"] == rows
   assert (out_dir / "config.yaml").exists()
   assert len((out_dir / "predictions.jsonl").read_text().splitlines()) == 1
+
+
+def test_longbench_is_read_from_a_directory(capfd, model_dir, tmp_path):
+  fields = ("input", "context", "length", "dataset", "language", "all_classes", "_id")
+  line = dict.fromkeys(fields, "Seven lamps.") | {"answers": ["7"], "length": 2}
+  (tmp_path / "passage_count.jsonl").write_text(json.dumps(line) + "\n")
+  common = ("eval", "longbench", "--model", model_dir, "--data", tmp_path, "--T", 256, "--new", 2)
+  code, out, err = run(capfd, *common, "--methods", "full", "--budget", "0.1", "--json")
+  assert code == 0, err
+  rows = [json.loads(line) for line in out.splitlines()]
+  assert [(row["task"], row["method"]) for row in rows] == [
+    ("passage_count", "full"),
+    ("passage_count", "oracle"),
+  ]
+  assert "1 prompts of 1 datasets in 1 batches of 1 shapes" in err
+  assert_refused(run(capfd, *common, "--datasets", "squad"), "datasets", "qasper", "squad")
 
 
 def test_train_then_use(capfd, model_dir, prose, tmp_path):

@@ -174,7 +174,7 @@ def run(
   def measure(unit: harness.Unit, step: harness.Step) -> list[Row]:
     task = TASKS[unit.task]
     mine = [prompts[unit.task, unit.T][index] for index in unit.indices]
-    results = answers.answer(
+    results = answers.scored(
       model,
       cases,
       [prompt.ids for prompt in mine],

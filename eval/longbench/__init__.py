@@ -1,0 +1,1 @@
+"""LongBench (2308.14508): its files, prompts and metrics, answered with every method."""
