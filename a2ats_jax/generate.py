@@ -9,16 +9,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from a2ats_jax import attention
 from a2ats_jax.errors import UserError
-from a2ats_jax.methods.base import Geometry, Method, PromptLayer, State, needs_of
+from a2ats_jax.methods.base import Geometry, Method, State
 from a2ats_jax.models.config import ModelConfig
 from a2ats_jax.models.decoder import Decoder
-from a2ats_jax.rope import make_rope, rotate
+from a2ats_jax.prompt import CHUNK, chunk_of, prefill_by_chunks
+from a2ats_jax.rope import make_rope
 from a2ats_jax.sampling import Sampling, sample
 from a2ats_jax.typing import Array, Bool, Float, Int, Key
 
-CHUNK = 512  # prompt tokens attended at once
 BLOCK = 16  # tokens made on the device between two looks at them
 
 Progress = Callable[[int, int], None]  # (done, of)
@@ -62,16 +61,12 @@ def pad_prompts(
       f"prompt: token ids must lie in [0, {config.vocab}), got {min(ids)} to {max(ids)}"
     )
   longest = int(lengths.max())
-  width = _chunk_of(longest) * -(-longest // _chunk_of(longest))
+  chunk = chunk_of(longest, CHUNK)
+  width = chunk * -(-longest // chunk)
   tokens = np.zeros((len(prompts), width), np.int32)
   for row, prompt in zip(tokens, prompts):
     row[: len(prompt)] = prompt
   return tokens, lengths
-
-
-def _chunk_of(length: int) -> int:
-  """CHUNK, or for a short prompt the next power of two: few shapes, little padding."""
-  return min(CHUNK, 1 << max(length - 1, 0).bit_length())
 
 
 @partial(jax.jit, static_argnames="chunk", donate_argnames=("state", "x"))
@@ -86,47 +81,18 @@ def _prefill_layer(
   chunk: int,
 ) -> tuple[Float[Array, "B T E"], State]:
   """One layer over a whole prompt: exact attention by chunks, then the method absorbs it."""
-  block, rope, needs = decoder.layer(layer), make_rope(decoder.config.rope), needs_of(method)
-  b, t, _ = x.shape
-  heads, dim = decoder.config.heads, decoder.config.head_dim
-  cache = jnp.zeros((b, decoder.config.kv_heads, t, dim), x.dtype)
-  queries = jnp.zeros((b, needs.queries, heads, dim), x.dtype)
-  sums = jnp.zeros((b, heads, t if needs.sums else 0))
-  rows = jnp.arange(b, dtype=jnp.int32)[:, None]
-
-  def step(carry, start):
-    x, rotated, values, keys, queries, sums = carry
-    piece = jax.lax.dynamic_slice_in_dim(x, start, chunk, axis=1)
-    positions = jnp.broadcast_to(start + jnp.arange(chunk, dtype=jnp.int32), (b, chunk))
-    q, k, v = block.project(piece)
-    k_now = rotate(k, positions, rope)
-    rotated = jax.lax.dynamic_update_slice_in_dim(rotated, jnp.swapaxes(k_now, 1, 2), start, 2)
-    values = jax.lax.dynamic_update_slice_in_dim(values, jnp.swapaxes(v, 1, 2), start, 2)
-    keys = jax.lax.dynamic_update_slice_in_dim(keys, k, start, 1)
-    q = rotate(q, positions, rope)
-    out = attention.causal_chunk(q, rotated, values, start)
-    piece = block.finish(piece, out.astype(x.dtype))
-    x = jax.lax.dynamic_update_slice_in_dim(x, piece, start, 1)
-    if needs.queries:
-      place = positions - lengths[:, None] + needs.queries
-      place = jnp.where((place >= 0) & (place < needs.queries), place, needs.queries)
-      queries = queries.at[rows, place].set(q, mode="drop")
-    if needs.sums:
-      sums = sums + attention.column_sums(q, rotated, start, lengths)
-    return (x, rotated, values, keys, queries, sums), None
-
-  starts = jnp.arange(0, t, chunk, dtype=jnp.int32)
-  carry = (x, cache, cache, jnp.swapaxes(cache, 1, 2), queries, sums)
-  (x, rotated, values, keys, queries, sums), _ = jax.lax.scan(step, carry, starts)
-  prompt = PromptLayer(
-    keys,
-    jnp.swapaxes(rotated, 1, 2),
-    jnp.swapaxes(values, 1, 2),
-    lengths,
-    queries if needs.queries else None,
-    sums if needs.sums else None,
+  block = decoder.layer(layer)
+  return prefill_by_chunks(
+    method,
+    state,
+    x,
+    project=block.project,
+    finish=block.finish,
+    lengths=lengths,
+    rope=make_rope(decoder.config.rope),
+    layer=layer,
+    chunk=chunk,
   )
-  return x, method.absorb(state, prompt, layer=layer)
 
 
 @jax.jit
@@ -165,9 +131,7 @@ def prefill(
   rows = jnp.asarray(lengths)
   for layer in range(config.layers):
     index = jnp.asarray(layer, jnp.int32)
-    x, state = _prefill_layer(
-      decoder, method, state, x, rows, index, chunk=_chunk_of(tokens.shape[1])
-    )
+    x, state = _prefill_layer(decoder, method, state, x, rows, index, chunk=CHUNK)
     if progress is not None:
       x.block_until_ready()
       progress(layer + 1, config.layers)
