@@ -138,6 +138,29 @@ def prefill(
   return _last_logits(decoder, x, rows), state
 
 
+def hidden_step(
+  decoder: Decoder,
+  method: Method,
+  state: State,
+  tokens: Int[Array, "B S"],
+  positions: Int[Array, "B S"],
+) -> tuple[Float[Array, "B S E"], State, Any]:
+  """:func:`decode_step` up to the final hidden states, to be called inside a program."""
+  rope = make_rope(decoder.config.rope)
+
+  def layer_step(carry, scanned):
+    x, state = carry
+    block, layer = scanned
+    q, k, v = block.project(x)
+    out, state, stats = method.attend(state, q, k, v, positions=positions, rope=rope, layer=layer)
+    return (block.finish(x, out), state), stats
+
+  layers = jnp.arange(decoder.config.layers, dtype=jnp.int32)
+  carry = (decoder.embed(tokens), state)
+  (x, state), stats = jax.lax.scan(layer_step, carry, (decoder.layers, layers))
+  return x, state, stats
+
+
 @partial(jax.jit, donate_argnames="state")
 def decode_step(
   decoder: Decoder,
@@ -155,18 +178,7 @@ def decode_step(
   Returns:
     Logits, the new state, and the method's statistics with a leading layer axis.
   """
-  rope = make_rope(decoder.config.rope)
-
-  def layer_step(carry, scanned):
-    x, state = carry
-    block, layer = scanned
-    q, k, v = block.project(x)
-    out, state, stats = method.attend(state, q, k, v, positions=positions, rope=rope, layer=layer)
-    return (block.finish(x, out), state), stats
-
-  layers = jnp.arange(decoder.config.layers, dtype=jnp.int32)
-  carry = (decoder.embed(tokens), state)
-  (x, state), stats = jax.lax.scan(layer_step, carry, (decoder.layers, layers))
+  x, state, stats = hidden_step(decoder, method, state, tokens, positions)
   return decoder.logits(x), state, stats
 
 
@@ -352,17 +364,51 @@ def start(
   Raises:
     UserError: a prompt as in :func:`pad_prompts`, or a number out of its range.
   """
+  streams = checked_streams(len(prompts), new=new, seed=seed, streams=streams)
+  tokens, lengths = pad_prompts(prompts, decoder.config, new=new)
+  logits, state = prefill(decoder, method, tokens, lengths, new=new, progress=progress)
+  draws = {"sampling": sampling, "stop": stop, "seed": seed, "streams": streams}
+  return begin(logits, state, lengths, new=new, **draws)
+
+
+def checked_streams(
+  rows: int, *, new: int, seed: int, streams: Sequence[int] | None
+) -> Sequence[int]:
+  """The rows' streams, 0, 1, ... unless given, after a look at what :func:`start` is asked for.
+
+  Raises:
+    UserError: a number out of its range.
+  """
   if new < 1:
     raise UserError(f"new: expected at least 1 token, got {new}")
   if not 0 <= seed < 1 << 32:
     raise UserError(f"seed: expected a whole number from 0 to 2^32 - 1, got {seed}")
-  streams = range(len(prompts)) if streams is None else streams
-  if len(streams) != len(prompts):
-    raise UserError(f"streams: expected one a prompt, {len(prompts)}, got {len(streams)}")
+  streams = range(rows) if streams is None else streams
+  if len(streams) != rows:
+    raise UserError(f"streams: expected one a prompt, {rows}, got {len(streams)}")
   if not all(0 <= number < 1 << 31 for number in streams):
     raise UserError(f"streams: expected whole numbers from 0 to 2^31 - 1, got {list(streams)}")
-  tokens, lengths = pad_prompts(prompts, decoder.config, new=new)
-  logits, state = prefill(decoder, method, tokens, lengths, new=new, progress=progress)
+  return streams
+
+
+def begin(
+  logits: Float[Array, "B V"],
+  state: State,
+  lengths: Int[np.ndarray, "B"],
+  *,
+  new: int,
+  sampling: Sampling,
+  stop: Sequence[int],
+  seed: int,
+  streams: Sequence[int],
+) -> tuple[Block, Generation]:
+  """Draw the first token of every row from the logits after its last one.
+
+  Args:
+    logits: after each row's last token. state: which holds that token.
+    lengths: tokens of each row so far.
+    new, sampling, stop, seed, streams: as in :func:`start`, checked.
+  """
   position, numbers, ends = jax.device_put(
     (lengths, np.asarray(streams, np.int32), np.asarray(stop, np.int32))
   )
@@ -461,6 +507,17 @@ def generate(
     progress=progress,
   )
   yield made
+  yield from go_on(decoder, method, made, generation, block=block)
+
+
+def go_on(
+  decoder: Decoder, method: Method, made: Block, generation: Generation, *, block: int
+) -> Iterator[Block]:
+  """The blocks after one that was made, until every row has its tokens or its stop token.
+
+  Args:
+    block: tokens between two yields.
+  """
   while generation.room and made.live.any():
     made, generation = advance(
       decoder, method, generation, new=min(block, generation.room), block=block
