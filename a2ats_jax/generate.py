@@ -95,6 +95,16 @@ def _prefill_layer(
   )
 
 
+def committed[X](tree: X) -> X:
+  """Arrays bound to the memory they are in; nothing is copied.
+
+  A program with one argument that is bound to a memory space binds all that it returns. Bound from
+  the start, its results go into the same program again.
+  """
+  leaves, structure = jax.tree.flatten(tree)
+  return jax.tree.unflatten(structure, jax.device_put(leaves, [x.sharding for x in leaves]))
+
+
 @jax.jit
 def _last_logits(
   decoder: Decoder, x: Float[Array, "B T E"], lengths: Int[Array, "B"]
@@ -127,7 +137,7 @@ def prefill(
   """
   config = decoder.config
   state = method.init(geometry_of(config, batch=len(tokens), prompt=tokens.shape[1], new=new))
-  x = decoder.embed(jnp.asarray(tokens))
+  x, state = committed((decoder.embed(jnp.asarray(tokens)), state))
   rows = jnp.asarray(lengths)
   for layer in range(config.layers):
     index = jnp.asarray(layer, jnp.int32)
@@ -416,10 +426,7 @@ def begin(
     logits, position, numbers, ends, jax.random.key(seed), sampling=sampling
   )
   rows = Rows(state=state, token=token, position=position, live=live)
-  # A block with one array committed to a memory space commits all that it returns. Committed from
-  # the start, the second block is the first one's program.
-  leaves, tree = jax.tree.flatten(rows)
-  rows = jax.tree.unflatten(tree, jax.device_put(leaves, [x.sharding for x in leaves]))
+  rows = committed(rows)
   first, going = jax.device_get((token, live))
   block = Block(tokens=first[:, None], stats=None, live=going)
   return block, Generation(rows=rows, keys=keys, stop=ends, sampling=sampling, room=new - 1)

@@ -20,6 +20,7 @@ from a2ats_jax.generate import (
   Progress,
   begin,
   checked_streams,
+  committed,
   geometry_of,
   go_on,
   hidden_step,
@@ -113,7 +114,7 @@ def continue_prefix(
   tokens, lengths = _padded(prefix, questions, decoder.config, new=new)
   method, length = prefix.method, len(prefix.tokens)
   state = fork(method, prefix.state, prefix.geometry, rows=len(questions))
-  logits = jnp.zeros((len(questions), decoder.config.vocab))
+  logits = committed(jnp.zeros((len(questions), decoder.config.vocab)))
   size = chunk_of(int(lengths.max()), PIECE)
   for start in range(0, int(lengths.max()), size):
     piece = tokens[:, start : start + size]

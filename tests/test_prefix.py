@@ -36,6 +36,14 @@ DOCUMENT, *QUESTIONS = tiny.prompts(40, 3, 18, 7, seed=5)
 NEW, ROOM = 8, 27
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _quick_to_compile():
+  """Programs run for milliseconds here, and would be compiled for minutes."""
+  jax.config.update("jax_disable_most_optimizations", True)
+  yield
+  jax.config.update("jax_disable_most_optimizations", False)
+
+
 @functools.cache
 def codebook(seed: int = 0):
   words = np.random.default_rng(seed).normal(size=(3, 2, 8, 16)).astype(np.float32)
@@ -91,7 +99,6 @@ def test_a_loaded_and_forked_document_answers_as_a_fresh_one(name, tmp_path):
     assert one.sharding.memory_kind == two.sharding.memory_kind
     np.testing.assert_array_equal(np.asarray(one), np.asarray(two))
   assert asked(loaded).tolist() == want
-  assert asked(loaded, QUESTIONS[1:2]).tolist() == want[1:2]
   assert asked(document, QUESTIONS[::-1]).tolist() == want[::-1]
 
 
@@ -114,9 +121,10 @@ def test_a_fork_is_a_batch_of_the_one_row(name):
   for leaf, x in zip(wanted, jax.tree.leaves(state), strict=True):
     assert (leaf.shape, leaf.dtype) == (x.shape, x.dtype), leaf.name
   single = fork(method, document.state, document.geometry, rows=1)
-  jax.tree.map(lambda x: x.delete(), single)
+  for x in jax.tree.leaves(single):
+    x.delete()
   assert not any(x.is_deleted() for x in jax.tree.leaves(document.state))
-  jax.tree.map(np.asarray, document.state)
+  assert all(np.asarray(x).shape == x.shape for x in jax.tree.leaves(document.state))
 
 
 def test_draws_and_stops_are_those_of_a_prompt(tmp_path):
@@ -195,7 +203,7 @@ def test_a_file_of_another_run_is_refused(saved, method, fingerprint, match):
 @pytest.mark.parametrize("change", [{"seed": 1}, {"budget": "0.5"}], ids=["codebook", "budget"])
 def test_other_codebooks_and_budgets_are_refused(tmp_path, change):
   save_prefix(tmp_path / "document", read(build("a2ats-plus")), fingerprint="tiny")
-  with pytest.raises(UserError, match="another method: (codebook|budget) was .* and is now"):
+  with pytest.raises(UserError, match=r"another method: (codebook|budget) was .* and is now"):
     load_prefix(tmp_path / "document", build("a2ats-plus", **change), fingerprint="tiny")
 
 
