@@ -36,12 +36,7 @@ DOCUMENT, *QUESTIONS = tiny.prompts(40, 3, 18, 7, seed=5)
 NEW, ROOM = 8, 27
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _quick_to_compile():
-  """Programs run for milliseconds here, and would be compiled for minutes."""
-  jax.config.update("jax_disable_most_optimizations", True)
-  yield
-  jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("quick_to_compile")
 
 
 @functools.cache
@@ -178,7 +173,7 @@ def test_a_model_of_another_shape_is_refused():
 
 
 @pytest.fixture(scope="module")
-def saved(tmp_path_factory):
+def saved(tmp_path_factory, quick_to_compile):
   """A file of a document under KIVI."""
   path = tmp_path_factory.mktemp("saved") / "document"
   save_prefix(path, read(build("kivi")), fingerprint="tiny")
