@@ -70,7 +70,7 @@ def test_two_clusters_by_hand(tmp_path):
   book = go(tmp_path, keys, None, options)
   assert sorted(np.asarray(book.codewords[0, 0, :, 0]).tolist()) == pytest.approx([-4, 2])
   np.testing.assert_allclose(book.codewords[0, 0, :, 1:], 0, atol=1e-6)
-  with pytest.raises(UserError, match="belongs to another run: calibration.arrays_sha256 was"):
+  with pytest.raises(UserError, match=r"belongs to another run: calibration\.arrays_sha256 was"):
     go(tmp_path, -keys, None, options)
 
 
