@@ -4,6 +4,8 @@ import dataclasses
 import functools
 import json
 import os
+import re
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +24,9 @@ from a2ats_jax.prefix import continue_prefix, read_prefix
 from a2ats_jax.prefix_file import load_prefix, save_prefix
 from a2ats_jax.sampling import Sampling
 from tests import tiny
+from tests.eval import tiny as eval_tiny
+
+PAGE = Path(__file__).parent.parent / "docs/prefix.md"
 
 # Small enough that 40 tokens and 30 later ones cross every boundary.
 METHODS = {
@@ -281,3 +286,17 @@ def test_the_header_says_what_it_is(saved):
   assert len(header["tokens_sha256"]) == 64
   assert set(header["versions"]) == {"a2ats_jax", "jax", "jaxlib"}
   assert max(map(len, QUESTIONS)) > prefix.PIECE  # a question in two pieces was tried
+
+
+def test_the_page_runs(tmp_path, monkeypatch):
+  """With a tiny model in place of the real one."""
+  (example,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
+  monkeypatch.setattr("a2ats_jax.load_model", lambda name: eval_tiny.model())
+  monkeypatch.chdir(tmp_path)
+  names = {}
+  exec(compile(example, str(PAGE), "exec"), names)
+  assert [len(answer) for answer in names["answers"]] == [8, 8]
+  prompts = [names["tokens"] + question for question in names["asked"]]
+  blocks = generate.generate(eval_tiny.model().decoder, Full(), prompts, new=8)
+  want = np.concatenate([block.tokens for block in blocks], axis=1)
+  assert names["answers"] == want.tolist()
