@@ -11,6 +11,9 @@ from a2ats_jax.methods.base import Geometry, Method, PromptLayer, Stats
 from a2ats_jax.methods.full import Full
 from a2ats_jax.methods.oracle import Oracle
 from a2ats_jax.models.model import Model, load_model
+from a2ats_jax.prefix import Prefix, continue_prefix, read_prefix
+from a2ats_jax.prefix_file import load_prefix, save_prefix
+from a2ats_jax.prompt import prefill_by_chunks, prefill_layer
 from a2ats_jax.rope import Rope, RopeConfig, make_rope, rotate, windowed_logits
 from a2ats_jax.sampling import Sampling
 
@@ -25,21 +28,28 @@ __all__ = [
   "Method",
   "Model",
   "Oracle",
+  "Prefix",
   "PromptLayer",
   "Rope",
   "RopeConfig",
   "Sampling",
   "Stats",
   "UserError",
+  "continue_prefix",
   "decode_step",
   "encode",
   "load_codebooks",
   "load_model",
+  "load_prefix",
   "make_codebook",
   "make_rope",
   "pad_prompts",
   "prefill",
+  "prefill_by_chunks",
+  "prefill_layer",
+  "read_prefix",
   "rotate",
   "save_codebooks",
+  "save_prefix",
   "windowed_logits",
 ]

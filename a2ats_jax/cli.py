@@ -12,7 +12,7 @@ import time
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
 
 import tyro
 
@@ -23,7 +23,9 @@ from a2ats_jax.config_file import expand
 from a2ats_jax.errors import UserError
 
 if TYPE_CHECKING:
+  from a2ats_jax.methods.base import Method
   from a2ats_jax.models.model import Model
+  from a2ats_jax.models.tokenizer import Tokenizer
   from a2ats_jax.sampling import Sampling
 
 
@@ -150,6 +152,12 @@ class Generate(MethodArgs):
   """Tokens between two updates of the stream. More waits less for the device; the text stays."""
   raw: bool = False
   """Take the prompt as it is instead of as a chat message."""
+  save_prefix: Path | None = None
+  """Write the cache of the prompt to this file and stop: a document, to be asked with --prefix."""
+  room: int = 1024
+  """With --save-prefix, tokens that a question and its answer may have together."""
+  prefix: Path | None = None
+  """A file that --save-prefix wrote, same model and method: the prompt is a question about it."""
   json: bool = False
   """Print one JSON object at the end instead of streaming."""
 
@@ -162,6 +170,8 @@ class Generate(MethodArgs):
       raise UserError("prompt: give either --prompt or --prompt-file")
     if self.new < 1:
       raise UserError(f"new: expected at least 1 token, got {self.new}")
+    if self.prefix is not None and self.save_prefix is not None:
+      raise UserError("prefix: give either --prefix or --save-prefix")
     text = self.prompt if self.prompt_file is None else _read(self.prompt_file)
     if not text:
       raise UserError("prompt: is empty, expected some text")
@@ -169,7 +179,10 @@ class Generate(MethodArgs):
     sampling = Sampling(temperature=self.temperature, top_k=self.top_k, top_p=self.top_p)
     model = load(self)
     method = registry.build(spec, budget=budget, codebooks=codebooks(self, model))
-    _stream(self, model, method, text, sampling)
+    if self.save_prefix is not None:
+      _save_prefix(self, self.save_prefix, model, method, text)
+    else:
+      _stream(self, model, method, text, sampling)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -384,17 +397,49 @@ def _read(path: Path) -> str:
   return read_text(path).text
 
 
-def _stream(args: Generate, model: "Model", method: Any, text: str, sampling: "Sampling") -> None:
+def _ids(args: Generate, tokenizer: "Tokenizer", text: str) -> list[int]:
+  """Tokens of a prompt; of a document all that precedes a question, and of a question the rest."""
+  chat = not args.raw and tokenizer.has_chat
+  if not chat:
+    return tokenizer.encode(text, special=args.prefix is None)
+  mark, saves = "[a question]", args.save_prefix is not None
+  content = text + mark if saves else mark + text if args.prefix is not None else text
+  rendered = tokenizer.render_chat([{"role": "user", "content": content}])
+  before, found, after = rendered.partition(mark)
+  if found:
+    rendered = before if saves else after
+  return tokenizer.encode(rendered, special=False)
+
+
+def _save_prefix(args: Generate, path: Path, model: "Model", method: "Method", text: str) -> None:
+  from a2ats_jax.prefix import read_prefix
+  from a2ats_jax.prefix_file import save_prefix
+
+  ids = _ids(args, model.tokenizer, text)
+  with Bars() as bars:
+    document = read_prefix(
+      model.decoder, method, ids, new=args.room, progress=partial(bars, "prefill")
+    )
+  save_prefix(path, document, fingerprint=model.fingerprint)
+  size = path.stat().st_size
+  if args.json:
+    record = {"prefix": str(path), "prefix_tokens": len(ids), "room": args.room, "bytes": size}
+    print(json.dumps(record | {"method": args.method}))
+  else:
+    print(f"{len(ids)} tokens, {size / 1e6:.1f} MB, in {path}; ask with --prefix {path}")
+
+
+def _stream(
+  args: Generate, model: "Model", method: "Method", text: str, sampling: "Sampling"
+) -> None:
   import numpy as np
 
   from a2ats_jax.generate import generate
+  from a2ats_jax.prefix import continue_prefix
+  from a2ats_jax.prefix_file import load_prefix
 
-  tokenizer = model.tokenizer
-  if not args.raw and tokenizer.has_chat:
-    text = tokenizer.render_chat([{"role": "user", "content": text}])
-    ids = tokenizer.encode(text, special=False)
-  else:
-    ids = tokenizer.encode(text, special=True)
+  tokenizer, document = model.tokenizer, None
+  ids = _ids(args, tokenizer, text)
   stream, pieces, read, started = tokenizer.stream(), [], [], time.perf_counter()
 
   def emit(piece: str) -> None:
@@ -404,17 +449,19 @@ def _stream(args: Generate, model: "Model", method: Any, text: str, sampling: "S
 
   made = []
   with Bars() as bars:
-    blocks = generate(
-      model.decoder,
-      method,
-      [ids],
-      new=args.new,
-      sampling=sampling,
-      stop=tokenizer.eos_ids,
-      seed=args.seed,
-      block=args.block,
-      progress=partial(bars, "prefill"),
-    )
+    options = {
+      "new": args.new,
+      "sampling": sampling,
+      "stop": tokenizer.eos_ids,
+      "seed": args.seed,
+      "block": args.block,
+    }
+    if args.prefix is None:
+      progress = partial(bars, "prefill")
+      blocks = generate(model.decoder, method, [ids], progress=progress, **options)
+    else:
+      document = load_prefix(args.prefix, method, fingerprint=model.fingerprint)
+      blocks = continue_prefix(model.decoder, document, [ids], **options)
     block = next(blocks)
     first = time.perf_counter() - started
   while block is not None:
@@ -433,6 +480,7 @@ def _stream(args: Generate, model: "Model", method: Any, text: str, sampling: "S
   record = {
     "text": "".join(pieces),
     "prompt_tokens": len(ids),
+    "prefix_tokens": 0 if document is None else len(document.tokens),
     "new_tokens": len(made),
     "method": args.method,
     "read": sum(read) / len(read) if read else None,

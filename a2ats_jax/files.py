@@ -23,11 +23,21 @@ def write_atomically(path: Path, data: bytes | str) -> None:
   Raises:
     OSError: the disk is full or the directory cannot be written; the old file is untouched.
   """
+  with replacing(path) as temporary:
+    temporary.write_bytes(data.encode() if isinstance(data, str) else data)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+  """A file to write in place of ``path``, which it becomes when the block ends without an error.
+
+  Raises:
+    OSError: the disk is full or the directory cannot be written; the old file is untouched.
+  """
   temporary = path.with_name(f".{path.name}.{os.getpid()}")
   try:
-    with open(temporary, "wb") as file:
-      file.write(data.encode() if isinstance(data, str) else data)
-      file.flush()
+    yield temporary
+    with open(temporary, "rb") as file:
       os.fsync(file.fileno())
     os.replace(temporary, path)
   finally:

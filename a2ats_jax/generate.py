@@ -9,16 +9,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from a2ats_jax import attention
 from a2ats_jax.errors import UserError
-from a2ats_jax.methods.base import Geometry, Method, PromptLayer, State, needs_of
+from a2ats_jax.methods.base import Geometry, Method, State
 from a2ats_jax.models.config import ModelConfig
 from a2ats_jax.models.decoder import Decoder
-from a2ats_jax.rope import make_rope, rotate
+from a2ats_jax.prompt import CHUNK, chunk_of, prefill_by_chunks
+from a2ats_jax.rope import make_rope
 from a2ats_jax.sampling import Sampling, sample
 from a2ats_jax.typing import Array, Bool, Float, Int, Key
 
-CHUNK = 512  # prompt tokens attended at once
 BLOCK = 16  # tokens made on the device between two looks at them
 
 Progress = Callable[[int, int], None]  # (done, of)
@@ -62,16 +61,12 @@ def pad_prompts(
       f"prompt: token ids must lie in [0, {config.vocab}), got {min(ids)} to {max(ids)}"
     )
   longest = int(lengths.max())
-  width = _chunk_of(longest) * -(-longest // _chunk_of(longest))
+  chunk = chunk_of(longest, CHUNK)
+  width = chunk * -(-longest // chunk)
   tokens = np.zeros((len(prompts), width), np.int32)
   for row, prompt in zip(tokens, prompts):
     row[: len(prompt)] = prompt
   return tokens, lengths
-
-
-def _chunk_of(length: int) -> int:
-  """CHUNK, or for a short prompt the next power of two: few shapes, little padding."""
-  return min(CHUNK, 1 << max(length - 1, 0).bit_length())
 
 
 @partial(jax.jit, static_argnames="chunk", donate_argnames=("state", "x"))
@@ -86,47 +81,28 @@ def _prefill_layer(
   chunk: int,
 ) -> tuple[Float[Array, "B T E"], State]:
   """One layer over a whole prompt: exact attention by chunks, then the method absorbs it."""
-  block, rope, needs = decoder.layer(layer), make_rope(decoder.config.rope), needs_of(method)
-  b, t, _ = x.shape
-  heads, dim = decoder.config.heads, decoder.config.head_dim
-  cache = jnp.zeros((b, decoder.config.kv_heads, t, dim), x.dtype)
-  queries = jnp.zeros((b, needs.queries, heads, dim), x.dtype)
-  sums = jnp.zeros((b, heads, t if needs.sums else 0))
-  rows = jnp.arange(b, dtype=jnp.int32)[:, None]
-
-  def step(carry, start):
-    x, rotated, values, keys, queries, sums = carry
-    piece = jax.lax.dynamic_slice_in_dim(x, start, chunk, axis=1)
-    positions = jnp.broadcast_to(start + jnp.arange(chunk, dtype=jnp.int32), (b, chunk))
-    q, k, v = block.project(piece)
-    k_now = rotate(k, positions, rope)
-    rotated = jax.lax.dynamic_update_slice_in_dim(rotated, jnp.swapaxes(k_now, 1, 2), start, 2)
-    values = jax.lax.dynamic_update_slice_in_dim(values, jnp.swapaxes(v, 1, 2), start, 2)
-    keys = jax.lax.dynamic_update_slice_in_dim(keys, k, start, 1)
-    q = rotate(q, positions, rope)
-    out = attention.causal_chunk(q, rotated, values, start)
-    piece = block.finish(piece, out.astype(x.dtype))
-    x = jax.lax.dynamic_update_slice_in_dim(x, piece, start, 1)
-    if needs.queries:
-      place = positions - lengths[:, None] + needs.queries
-      place = jnp.where((place >= 0) & (place < needs.queries), place, needs.queries)
-      queries = queries.at[rows, place].set(q, mode="drop")
-    if needs.sums:
-      sums = sums + attention.column_sums(q, rotated, start, lengths)
-    return (x, rotated, values, keys, queries, sums), None
-
-  starts = jnp.arange(0, t, chunk, dtype=jnp.int32)
-  carry = (x, cache, cache, jnp.swapaxes(cache, 1, 2), queries, sums)
-  (x, rotated, values, keys, queries, sums), _ = jax.lax.scan(step, carry, starts)
-  prompt = PromptLayer(
-    keys,
-    jnp.swapaxes(rotated, 1, 2),
-    jnp.swapaxes(values, 1, 2),
-    lengths,
-    queries if needs.queries else None,
-    sums if needs.sums else None,
+  block = decoder.layer(layer)
+  return prefill_by_chunks(
+    method,
+    state,
+    x,
+    project=block.project,
+    finish=block.finish,
+    lengths=lengths,
+    rope=make_rope(decoder.config.rope),
+    layer=layer,
+    chunk=chunk,
   )
-  return x, method.absorb(state, prompt, layer=layer)
+
+
+def committed[X](tree: X) -> X:
+  """Arrays bound to the memory they are in; nothing is copied.
+
+  A program with one argument that is bound to a memory space binds all that it returns. Bound from
+  the start, its results go into the same program again.
+  """
+  leaves, structure = jax.tree.flatten(tree)
+  return jax.tree.unflatten(structure, jax.device_put(leaves, [x.sharding for x in leaves]))
 
 
 @jax.jit
@@ -161,17 +137,38 @@ def prefill(
   """
   config = decoder.config
   state = method.init(geometry_of(config, batch=len(tokens), prompt=tokens.shape[1], new=new))
-  x = decoder.embed(jnp.asarray(tokens))
+  x, state = committed((decoder.embed(jnp.asarray(tokens)), state))
   rows = jnp.asarray(lengths)
   for layer in range(config.layers):
     index = jnp.asarray(layer, jnp.int32)
-    x, state = _prefill_layer(
-      decoder, method, state, x, rows, index, chunk=_chunk_of(tokens.shape[1])
-    )
+    x, state = _prefill_layer(decoder, method, state, x, rows, index, chunk=CHUNK)
     if progress is not None:
       x.block_until_ready()
       progress(layer + 1, config.layers)
   return _last_logits(decoder, x, rows), state
+
+
+def hidden_step(
+  decoder: Decoder,
+  method: Method,
+  state: State,
+  tokens: Int[Array, "B S"],
+  positions: Int[Array, "B S"],
+) -> tuple[Float[Array, "B S E"], State, Any]:
+  """:func:`decode_step` up to the final hidden states, to be called inside a program."""
+  rope = make_rope(decoder.config.rope)
+
+  def layer_step(carry, scanned):
+    x, state = carry
+    block, layer = scanned
+    q, k, v = block.project(x)
+    out, state, stats = method.attend(state, q, k, v, positions=positions, rope=rope, layer=layer)
+    return (block.finish(x, out), state), stats
+
+  layers = jnp.arange(decoder.config.layers, dtype=jnp.int32)
+  carry = (decoder.embed(tokens), state)
+  (x, state), stats = jax.lax.scan(layer_step, carry, (decoder.layers, layers))
+  return x, state, stats
 
 
 @partial(jax.jit, donate_argnames="state")
@@ -191,18 +188,7 @@ def decode_step(
   Returns:
     Logits, the new state, and the method's statistics with a leading layer axis.
   """
-  rope = make_rope(decoder.config.rope)
-
-  def layer_step(carry, scanned):
-    x, state = carry
-    block, layer = scanned
-    q, k, v = block.project(x)
-    out, state, stats = method.attend(state, q, k, v, positions=positions, rope=rope, layer=layer)
-    return (block.finish(x, out), state), stats
-
-  layers = jnp.arange(decoder.config.layers, dtype=jnp.int32)
-  carry = (decoder.embed(tokens), state)
-  (x, state), stats = jax.lax.scan(layer_step, carry, (decoder.layers, layers))
+  x, state, stats = hidden_step(decoder, method, state, tokens, positions)
   return decoder.logits(x), state, stats
 
 
@@ -388,17 +374,51 @@ def start(
   Raises:
     UserError: a prompt as in :func:`pad_prompts`, or a number out of its range.
   """
+  streams = checked_streams(len(prompts), new=new, seed=seed, streams=streams)
+  tokens, lengths = pad_prompts(prompts, decoder.config, new=new)
+  logits, state = prefill(decoder, method, tokens, lengths, new=new, progress=progress)
+  draws = {"sampling": sampling, "stop": stop, "seed": seed, "streams": streams}
+  return begin(logits, state, lengths, new=new, **draws)
+
+
+def checked_streams(
+  rows: int, *, new: int, seed: int, streams: Sequence[int] | None
+) -> Sequence[int]:
+  """The rows' streams, 0, 1, ... unless given, after a look at what :func:`start` is asked for.
+
+  Raises:
+    UserError: a number out of its range.
+  """
   if new < 1:
     raise UserError(f"new: expected at least 1 token, got {new}")
   if not 0 <= seed < 1 << 32:
     raise UserError(f"seed: expected a whole number from 0 to 2^32 - 1, got {seed}")
-  streams = range(len(prompts)) if streams is None else streams
-  if len(streams) != len(prompts):
-    raise UserError(f"streams: expected one a prompt, {len(prompts)}, got {len(streams)}")
+  streams = range(rows) if streams is None else streams
+  if len(streams) != rows:
+    raise UserError(f"streams: expected one a prompt, {rows}, got {len(streams)}")
   if not all(0 <= number < 1 << 31 for number in streams):
     raise UserError(f"streams: expected whole numbers from 0 to 2^31 - 1, got {list(streams)}")
-  tokens, lengths = pad_prompts(prompts, decoder.config, new=new)
-  logits, state = prefill(decoder, method, tokens, lengths, new=new, progress=progress)
+  return streams
+
+
+def begin(
+  logits: Float[Array, "B V"],
+  state: State,
+  lengths: Int[np.ndarray, "B"],
+  *,
+  new: int,
+  sampling: Sampling,
+  stop: Sequence[int],
+  seed: int,
+  streams: Sequence[int],
+) -> tuple[Block, Generation]:
+  """Draw the first token of every row from the logits after its last one.
+
+  Args:
+    logits: after each row's last token. state: which holds that token.
+    lengths: tokens of each row so far.
+    new, sampling, stop, seed, streams: as in :func:`start`, checked.
+  """
   position, numbers, ends = jax.device_put(
     (lengths, np.asarray(streams, np.int32), np.asarray(stop, np.int32))
   )
@@ -406,10 +426,7 @@ def start(
     logits, position, numbers, ends, jax.random.key(seed), sampling=sampling
   )
   rows = Rows(state=state, token=token, position=position, live=live)
-  # A block with one array committed to a memory space commits all that it returns. Committed from
-  # the start, the second block is the first one's program.
-  leaves, tree = jax.tree.flatten(rows)
-  rows = jax.tree.unflatten(tree, jax.device_put(leaves, [x.sharding for x in leaves]))
+  rows = committed(rows)
   first, going = jax.device_get((token, live))
   block = Block(tokens=first[:, None], stats=None, live=going)
   return block, Generation(rows=rows, keys=keys, stop=ends, sampling=sampling, room=new - 1)
@@ -497,6 +514,17 @@ def generate(
     progress=progress,
   )
   yield made
+  yield from go_on(decoder, method, made, generation, block=block)
+
+
+def go_on(
+  decoder: Decoder, method: Method, made: Block, generation: Generation, *, block: int
+) -> Iterator[Block]:
+  """The blocks after one that was made, until every row has its tokens or its stop token.
+
+  Args:
+    block: tokens between two yields.
+  """
   while generation.room and made.live.any():
     made, generation = advance(
       decoder, method, generation, new=min(block, generation.room), block=block

@@ -13,10 +13,11 @@ import dataclasses
 import math
 import warnings
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
 
 from a2ats_jax import quantise
@@ -167,7 +168,7 @@ def open_store(
   return KVStore(pages, page, host, form, quantised)
 
 
-def _to(x: Array, host: bool) -> Array:
+def _to(x: Array | np.ndarray, host: bool) -> Array:
   return jax.device_put(x, jax.memory.Space.Host if host else jax.memory.Space.Device)
 
 
@@ -275,3 +276,16 @@ def fetch(store: KVStore, ids: Int[Array, "B K F"], *, layer: int | Array) -> Pa
   if store.quantised:
     keys, values = store.quantised.unpack(keys), store.quantised.unpack(values)
   return FloatPages(keys, values)
+
+
+def on_host(state: Any) -> list[bool]:
+  """Of every leaf of a method's state, whether it lies in host memory: the pages of some stores."""
+  found: list[bool] = []
+  for node in jax.tree.leaves(state, is_leaf=lambda node: isinstance(node, KVStore)):
+    found.append(isinstance(node, KVStore) and node.host)
+  return found
+
+
+def put(x: np.ndarray, *, host: bool) -> Array:
+  """An array in memory of its own, on the host or on the device."""
+  return _to(np.array(x), host)

@@ -18,7 +18,7 @@ from a2ats_jax import attention
 from a2ats_jax.generate import decode_step, geometry_of
 from a2ats_jax.methods import dense
 from a2ats_jax.methods.base import Geometry, Method, PromptLayer, State, Stats
-from a2ats_jax.models.config import ModelConfig
+from a2ats_jax.methods.layout import fork
 from a2ats_jax.models.decoder import Decoder
 from a2ats_jax.models.model import Model
 from a2ats_jax.rope import Rope, rotate
@@ -90,28 +90,6 @@ class Blocked:
     return out, state, dense.dense_stats(positions, q.shape[2], kv_heads, state.k)
 
 
-def repeated(
-  config: ModelConfig, method: Method, state: State, *, prompt: int, new: int, batch: int
-) -> State:
-  """The state of a batch whose rows are all the one row of ``state``, each array where it was.
-
-  Args:
-    prompt, new: slots that the state was made with.
-  """
-
-  def shapes(rows: int) -> list[jax.ShapeDtypeStruct]:
-    geometry = geometry_of(config, batch=rows, prompt=prompt, new=new)
-    return jax.eval_shape(lambda: jax.tree.leaves(method.init(geometry)))
-
-  leaves, structure = jax.tree.flatten(state)
-  for place, (one, many) in enumerate(zip(shapes(1), shapes(batch), strict=True)):
-    axes = [axis for axis, (a, b) in enumerate(zip(one.shape, many.shape)) if a != b]
-    if axes:
-      old = leaves[place]
-      leaves[place] = jax.device_put(np.repeat(np.asarray(old), batch, axis=axes[0]), old.sharding)
-  return jax.tree.unflatten(structure, leaves)
-
-
 def variants_of(
   cases: Iterable[Case],
   model: Model,
@@ -132,7 +110,7 @@ def variants_of(
   cases, config, new = list(cases), model.config, len(tokens)
   method, width = cases[0].method, recording.prompt.keys.shape[2]
   state = replay(config, recording, method, new=new)
-  state = repeated(config, method, state, prompt=width, new=new, batch=batch)
+  state = fork(method, state, geometry_of(config, batch=1, prompt=width, new=new), rows=batch)
   fed = [
     (jnp.full((batch, 1), token, jnp.int32), jnp.full((batch, 1), T + i, jnp.int32))
     for i, token in enumerate(tokens.tolist())

@@ -28,3 +28,11 @@ def _programs_of_a_module():
   """
   yield
   jax.clear_caches()
+
+
+@pytest.fixture(scope="module")
+def quick_to_compile():
+  """For files whose programs run for milliseconds and would be compiled for minutes."""
+  jax.config.update("jax_disable_most_optimizations", True)
+  yield
+  jax.config.update("jax_disable_most_optimizations", False)

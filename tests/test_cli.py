@@ -122,6 +122,31 @@ def test_generate_streams_the_same_text(capfd, model_dir):
   assert "prompt tokens in" in err
 
 
+@pytest.mark.parametrize("raw", [("--raw",), ()], ids=["raw", "chat"])
+def test_generate_after_a_saved_document(capfd, model_dir, tmp_path, raw):
+  """With full attention the answer is that of document and question in one prompt."""
+  common = ("generate", "--model", model_dir, "--json", *raw)
+  document, question, path = "Seven lamps under stone. ", "Which river?", tmp_path / "document"
+  saving = (*common, "--prompt", document, "--save-prefix", path, "--room", 90)
+  code, out, _ = run(capfd, *saving)
+  assert code == 0
+  saved = json.loads(out)
+  assert saved["bytes"] == path.stat().st_size
+  asking = ("--prompt", question, "--new", 5)
+  _, out, _ = run(capfd, *common, "--prompt", document + question, "--new", 5)
+  want = json.loads(out)
+  code, out, _ = run(capfd, *common, *asking, "--prefix", path)
+  assert code == 0
+  got = json.loads(out)
+  assert (got["text"], got["new_tokens"]) == (want["text"], want["new_tokens"])
+  assert got["prefix_tokens"] == saved["prefix_tokens"]
+  assert got["prefix_tokens"] + got["prompt_tokens"] == want["prompt_tokens"]
+  assert_refused(run(capfd, *common, *asking, "--prefix", path, "--method", "kivi"), "kivi")
+  assert_refused(run(capfd, *common, *asking, "--prefix", path, "--new", 90), "its room of 90")
+  assert_refused(run(capfd, *common, *asking, "--prefix", tmp_path / "none"), "no such file")
+  assert_refused(run(capfd, *saving, "--prefix", path), "either --prefix or --save-prefix")
+
+
 def test_generate_draws_by_seed(capfd, model_dir):
   """The same seed gives the same text whatever the block; another seed another text."""
   common = ("generate", "--model", model_dir, "--prompt", "Seven lamps", "--new", 12, "--raw")

@@ -18,7 +18,7 @@ from train_codebooks.texts import (
   random_identifiers,
   read_text,
 )
-from train_codebooks.train import train
+from train_codebooks.train import train, train_on_arrays
 
 __all__ = [
   "Corpus",
@@ -33,4 +33,5 @@ __all__ = [
   "random_identifiers",
   "read_text",
   "train",
+  "train_on_arrays",
 ]

@@ -21,7 +21,7 @@ from a2ats_jax import attention
 from a2ats_jax.errors import UserError
 from a2ats_jax.models.decoder import Decoder
 from a2ats_jax.rope import make_rope, rotate
-from a2ats_jax.typing import Array, Float, Int
+from a2ats_jax.typing import Array, Float, Int, Shaped
 from train_codebooks.files import load_arrays, save_arrays
 from train_codebooks.progress import Progress, silent
 from train_codebooks.texts import Corpus
@@ -180,13 +180,9 @@ def _check(corpus: Corpus, vocab: int, context: int) -> None:
     raise UserError(f"calibration: token ids must lie in [0, {vocab}), got {low} to {high}")
 
 
-def _resume(directory: Path, shape: tuple[int, ...]) -> tuple[dict[str, np.ndarray], int]:
+def _resume(directory: Path, shape: tuple[int, int, int, int]) -> tuple[dict[str, np.ndarray], int]:
   """The sums so far and the documents they cover; zeros for a fresh start."""
-  layers, kv, _, dim = shape
-  fresh = {
-    name: np.zeros((layers, kv, dim, dim) if "square" in name else (layers, kv, dim))
-    for name in ("query_square", "query_sum", "key_square", "key_sum")
-  }
+  fresh = _no_sums(shape)
   size = 2 * int(np.prod(shape))
   keys, moments = directory / KEYS, directory / MOMENTS
   if not moments.exists() or not keys.exists() or keys.stat().st_size != size:
@@ -199,6 +195,39 @@ def _resume(directory: Path, shape: tuple[int, ...]) -> tuple[dict[str, np.ndarr
   if {k: v.shape for k, v in found.items()} != {k: v.shape for k, v in fresh.items()}:
     return fresh, 0
   return found, done
+
+
+def _no_sums(shape: tuple[int, int, int, int]) -> dict[str, np.ndarray]:
+  layers, kv, _, dim = shape
+  return {
+    name: np.zeros((layers, kv, dim, dim) if "square" in name else (layers, kv, dim))
+    for name in ("query_square", "query_sum", "key_square", "key_sum")
+  }
+
+
+def from_arrays(
+  keys: Shaped[np.ndarray, "L N K D"], queries: Shaped[np.ndarray, "L N H D"] | None
+) -> Collected:
+  """What keys and queries of any model look like, both before rotary embedding.
+
+  Args:
+    keys: of N calibration tokens, in any order; floats of any width, memory-mapped or not.
+    queries: of the same tokens. Without them their sums are zero.
+
+  Raises:
+    UserError: a key or query is not finite.
+  """
+  layers, tokens, kv, dim = keys.shape
+  shape = (layers, kv, tokens, dim)
+  kept, state = np.empty(shape, _BFLOAT16), _no_sums(shape)
+  for layer in range(layers):
+    for start in range(0, tokens, _BATCH):
+      some = slice(start, start + _BATCH)
+      k = np.asarray(keys[layer, some], np.float32)
+      q = np.zeros_like(k) if queries is None else np.asarray(queries[layer, some], np.float32)
+      _absorb(state, kept[layer, :, some], layer, q, k)
+  group = 1 if queries is None else queries.shape[2] // kv
+  return Collected(keys=kept, group=group, **state)
 
 
 def _absorb(
