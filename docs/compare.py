@@ -67,10 +67,10 @@ def short(rows: Sequence[Row]) -> str:
         continue
       (row,) = found
       share = sum(row[f"score {task}"] for task in needles) / len(needles)
-      held = _mb(row["device_bytes"]) + (
-        f" + {_mb(row['host_bytes'])}" if row["host_bytes"] else ""
-      )
-      cells += [_kl(row, close), f"{share:.0%}", _mb(row["read_bytes"]), held]
+      held = " + ".join(_mb(row[f"{m}_bytes"]) for m in ("device", "host") if row[f"{m}_bytes"])
+      kl = row[f"kl {close}"]
+      shown = f"{kl:.4f}" if kl < 0.1 else f"{kl:.2f}"
+      cells += [shown, f"{share:.0%}", _mb(row["read_bytes"]), held]
     lines.append("| " + " | ".join(cells) + " |")
   return "\n".join(lines)
 

@@ -273,7 +273,7 @@ def test_prompts_beyond_the_context_are_refused_before_anything_runs(tmp_path):
 def test_a_missing_package_is_told_before_files_are_read(tmp_path, monkeypatch):
   monkeypatch.setitem(sys.modules, "rouge", None)
   write(tmp_path, "qmsum", ["damaged"])
-  with pytest.raises(UserError, match=r"a2ats_jax\[longbench\]"):
+  with pytest.raises(UserError, match=r"a2ats_jax\[eval\]"):
     prepare(tiny.model(), options(tmp_path))
 
 

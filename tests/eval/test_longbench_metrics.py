@@ -103,7 +103,7 @@ def test_a_missing_package_is_asked_for_where_it_is_needed(monkeypatch, package,
   for name in sorted(needed):
     with pytest.raises(UserError) as caught:
       metrics.check(name)
-    for word in (name, package, "a2ats_jax[longbench]"):
+    for word in (name, package, "a2ats_jax[eval]"):
       assert word in str(caught.value)
   for name in metrics.METRICS.keys() - needed:
     metrics.check(name)

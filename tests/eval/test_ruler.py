@@ -112,7 +112,7 @@ def test_scores_and_averages_by_hand(monkeypatch):
     128: [f" {mine['niah_single_1', 640][0].answers[0]}.", " 1234567"],
     32: [f" It has {mine['qa_1', 640][i].answers[0]}." for i in range(2)],
   }
-  monkeypatch.setattr(answers, "answer", answer)
+  monkeypatch.setattr(answers, "scored", answer)
   rows = go(batch=2)
   full = [row for row in rows if row["method"] == "full"]
   assert [(row["task"], row["score"], row["n"]) for row in full] == [
