@@ -48,9 +48,7 @@ def compare(
   )
 
 
-def nll(
-  logits: Float[np.ndarray, "N V"], targets: Int[np.ndarray, "N"]
-) -> Float[np.ndarray, "N"]:
+def nll(logits: Float[np.ndarray, "N V"], targets: Int[np.ndarray, "N"]) -> Float[np.ndarray, "N"]:
   """Negative log-likelihood of the true next tokens, nats."""
   return -np.take_along_axis(log_softmax(logits), targets[:, None], axis=-1)[:, 0]
 

@@ -15,6 +15,14 @@ COLUMNS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     "fidelity": ("selected", "kl", "kl_se", "top1", "ppl", "moved_bytes", "read_bytes", "tail"),
     "recall": ("selected", "mass", "mass_se", "far_mass", "topk_recall"),
     "needle": ("selected", "score", "score_se", "moved_bytes"),
+    "perplexity": (
+      *("bucket", "ppl", "nll", "nll_se", "nll_diff", "nll_diff_se", "kl", "top1"),
+      *("selected", "read_bytes", "tail"),
+    ),
+    "generation": (
+      *("bucket", "kl", "kl_se", "top1", "ppl", "nll_diff", "mass", "selected", "read_bytes"),
+      *("tail", "agree"),
+    ),
     "speed attention": (
       *("selected", "fetched", "ms", "ms_low", "ms_high", "baseline", "baseline_ms", "ratio"),
       *("score_ms", "selection_ms", "selection_share", "moved_bytes"),
@@ -33,6 +41,9 @@ HEADS: Mapping[str, str] = MappingProxyType(
     "kl_se": "± s.e.",
     "mass_se": "± s.e.",
     "score_se": "± s.e.",
+    "nll_se": "± s.e.",
+    "nll_diff_se": "± s.e.",
+    "nll_diff": "less full's",
     "moved_bytes": "moved",
     "read_bytes": "bytes read",
     "topk_recall": "top-k",

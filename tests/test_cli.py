@@ -73,6 +73,8 @@ COMMANDS = (
   ("eval", "fidelity"),
   ("eval", "recall"),
   ("eval", "needle"),
+  ("eval", "perplexity"),
+  ("eval", "generation"),
   ("eval", "compare"),
   ("eval", "speed"),
   ("plan",),
