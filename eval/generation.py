@@ -265,7 +265,7 @@ def mass_read(
   model: Model,
   recording: Recording,
   method: Method,
-  tokens: Int[np.ndarray, "B N+1"],
+  tokens: Int[np.ndarray, "B T"],
   lengths: Int[np.ndarray, "B"],
 ) -> Float[np.ndarray, "B N"]:
   """The share of true attention on what a method would read at each token, under full attention.
