@@ -14,9 +14,9 @@ from a2ats_jax.generate import pad_prompts
 from a2ats_jax.methods.full import Full
 from a2ats_jax.methods.oracle import Oracle
 from a2ats_jax.rope import make_rope, rotate
-from eval import decode, plots, texts
+from eval import decode, perplexity, plots, texts
 from eval.buckets import Buckets
-from eval.follow import follow
+from eval.follow import Followed, follow
 from eval.options import parse_methods
 from eval.perplexity import PerplexityOptions, run
 from eval.record import record
@@ -29,7 +29,7 @@ SPANS = [(60, 70), (70, 95), (95, 100)]  # 100 is beyond the last token that is 
 
 def _options(**changes):
   given = {
-    "methods": parse_methods(f"full,oracle:{NEAR},a2ats:{NEAR}:page=4"),
+    "methods": parse_methods(f"full,oracle:{NEAR}"),
     "budgets": (Budget(ratio=0.1), Budget(ratio=1.0)),
     "T": (T,),
     "prompt": PROMPT,
@@ -40,9 +40,8 @@ def _options(**changes):
   return PerplexityOptions(**(given | changes))
 
 
-def _run(options, **kwargs):
-  books = {"default": tiny.codebook()}
-  return run(tiny.model(), options, [tiny.prose()], codebooks=books, **kwargs)
+def _run(options, model=None, **kwargs):
+  return run(model or tiny.model(), options, [tiny.prose()], **kwargs)
 
 
 def _plain(ids):
@@ -93,7 +92,7 @@ def test_full_attention_is_a_plain_forward_pass_bucket_by_bucket(rows):
 
 def test_the_whole_budget_is_full_attention_and_a_small_one_is_not(rows):
   full = {row["bucket"]: row for row in rows[:3]}
-  assert len(rows) == 3 * (1 + 2 * 2)
+  assert len(rows) == 3 * (1 + 2)
   for row in rows[3:]:
     beside = full[row["bucket"]]
     assert row["nll_diff"] == pytest.approx(row["nll"] - beside["nll"], abs=1e-12)
@@ -142,24 +141,28 @@ def test_a_run_that_was_killed_goes_on_where_it_stopped(tmp_path):
     _run(_options(**changes, out=cut, prompt=61))
 
 
-def test_lengths_end_on_the_same_token_and_texts_begin_as_the_model_expects():
+def test_lengths_end_on_the_same_token_and_texts_begin_as_the_model_expects(monkeypatch):
   """A shorter text is the end of the longer one, and its first token gives way to BOS."""
-  model, seen = tiny.model(bos=True), []
-  windows = texts.windows(tiny.prose(), model.tokenizer, longest=T, after=1, limit=1, seed=0)
-  options = _options(
-    methods=parse_methods("full"),
-    budgets=(Budget(tokens=100),),
-    T=(80, T),
-    buckets=Buckets(parts=1),
-    limit=1,
-    kl=False,
+  model, prompts, fed = tiny.model(bos=True), [], []
+  nothing = Followed(figures={"nll": np.zeros(T)}, reading={})
+
+  def seen(model, recording, method, tokens, lengths, **_):
+    fed.append((tokens.tolist(), lengths.tolist()))
+    return [nothing], {"device_bytes": 0, "host_bytes": 0}
+
+  monkeypatch.setattr(
+    perplexity, "record", lambda decoder, tokens, lengths, **_: prompts.append(tokens.tolist())
   )
-  found = run(model, options, [tiny.prose()], progress=lambda *a, **_: seen.append(a))
-  for row in found:
-    text = [1, *windows[0][T - row["T"] :][1:]]
-    want = _plain(text)[PROMPT:].mean()
-    assert (row["begin"], row["end"]) == (PROMPT, row["T"])
-    assert row["nll"] == pytest.approx(want, rel=1e-6 if row["method"] == "full" else 1e-5)
+  monkeypatch.setattr(perplexity, "follow", seen)
+  whole = Buckets(parts=1)
+  found = _run(_options(T=(80, T), buckets=whole, limit=1, kl=False), model=model)
+  assert {(row["T"], row["bucket"]) for row in found} == {(80, "60-79"), (T, "60-99")}
+  (window,) = texts.windows(tiny.prose(), model.tokenizer, longest=T, after=1, limit=1, seed=0)
+  short, long = ([1, *window[T - size :].tolist()[1:]] for size in (80, T))
+  assert [prompt[0][:PROMPT] for prompt in prompts] == [short[:PROMPT], long[:PROMPT]]
+  assert fed[0] == ([short[PROMPT:]], [PROMPT])
+  assert fed[-1] == ([long[PROMPT:]], [PROMPT])
+  assert len(long) == T + 1  # the last token is a target only
 
 
 @pytest.mark.parametrize("beside", [False, True], ids=["alone", "with-kl"])
