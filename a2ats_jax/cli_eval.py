@@ -216,6 +216,82 @@ class Longbench(Benchmark):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Perplexity(TextBenchmark):
+  """Perplexity on long text by position, beside that of full attention."""
+
+  T: str = "4096"
+  """Lengths of texts in tokens, comma-separated; --prompt of them are the prompt."""
+  prompt: int = 1024
+  """Tokens of a text whose attention is exact; the others are fed one by one."""
+  buckets: str = "4"
+  """Ranges of positions to average over: a number of equal parts, or their edges in tokens from the
+  text's beginning, as in 1024,2048,4096."""
+  limit: int = 4
+  """Texts of each kind and length."""
+  kl: bool = False
+  """Also compare distributions with full attention's, which is then fed beside every method."""
+  kinds: str = "text"
+  """Of text, comma-separated: text (--text), code (CPython's own source) and identifiers (random
+  UUIDs)."""
+
+  def run(self) -> None:
+    from eval import perplexity, texts
+    from eval.buckets import Buckets
+
+    options = perplexity.PerplexityOptions(
+      **self.shared(),
+      prompt=self.prompt,
+      buckets=Buckets.parse(self.buckets),
+      kl=self.kl,
+    )
+    tokens = self.limit * (max(options.T) + 1)
+    kinds = texts.gather_kinds(self.kinds.split(","), self.text, tokens=tokens, seed=self.seed)
+    model = load(self)
+    with Bars() as bars:
+      rows = perplexity.run(model, options, kinds, codebooks=codebooks(self, model), progress=bars)
+    self.report(rows)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Generation(TextBenchmark):
+  """How far methods drift from full attention over a long text that full attention generates."""
+
+  T: str = "1024"
+  """Prompt lengths in tokens, comma-separated."""
+  new: int = 1024
+  """Tokens generated after each prompt; an end-of-text token does not end them."""
+  buckets: str = "4"
+  """Ranges of generated tokens to average over: a number of equal parts, or their edges, as in
+  0,256,1024."""
+  temperature: float = 0.0
+  """Above 0, tokens are drawn, for every method with the same draws; 0 is greedy."""
+  kinds: str = "text,code,identifiers"
+  """Of prompts, comma-separated: text (--text), code (CPython's own source) and identifiers (random
+  UUIDs)."""
+  recall: bool = False
+  """Also what share of true attention A2ATS and the oracle read; other methods cannot be asked."""
+
+  def run(self) -> None:
+    from a2ats_jax.sampling import Sampling
+    from eval import generation, texts
+    from eval.buckets import Buckets
+
+    options = generation.GenerationOptions(
+      **self.shared(),
+      new=self.new,
+      buckets=Buckets.parse(self.buckets),
+      sampling=Sampling(temperature=self.temperature),
+      recall=self.recall,
+    )
+    tokens = self.limit * max(options.T)
+    kinds = texts.gather_kinds(self.kinds.split(","), self.text, tokens=tokens, seed=self.seed)
+    model = load(self)
+    with Bars() as bars:
+      rows = generation.run(model, options, kinds, codebooks=codebooks(self, model), progress=bars)
+    self.report(rows)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Compare(TextBenchmark):
   """All methods side by side: closeness, needles, and bytes read, moved and held, in one table."""
 
@@ -361,6 +437,8 @@ class Eval:
     | Annotated[Needle, tyro.conf.subcommand("needle")]
     | Annotated[Ruler, tyro.conf.subcommand("ruler")]
     | Annotated[Longbench, tyro.conf.subcommand("longbench")]
+    | Annotated[Perplexity, tyro.conf.subcommand("perplexity")]
+    | Annotated[Generation, tyro.conf.subcommand("generation")]
     | Annotated[Compare, tyro.conf.subcommand("compare")]
     | Annotated[Speed, tyro.conf.subcommand("speed")]
     | Annotated[Report, tyro.conf.subcommand("report")]

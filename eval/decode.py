@@ -43,6 +43,41 @@ def block_of(config: ModelConfig, *, batch: int, slots: int, new: int) -> int:
   return max(1, min(_BLOCK, new, _SCORES // (batch * config.heads * slots)))
 
 
+def fed_block(
+  decoder: Decoder,
+  method: Method,
+  state: State,
+  tokens: Int[np.ndarray, "B N"],
+  lengths: Int[np.ndarray, "B"],
+  *,
+  start: int,
+  block: int,
+) -> tuple[Float[np.ndarray, "B n V"], dict[str, np.ndarray], State]:
+  """Feed the given tokens from place ``start`` on; every one of them makes its own selection.
+
+  Equals single steps. The last block is padded, so that one shape is compiled.
+
+  Args:
+    state: after the tokens before ``start``; used up.
+    tokens: all inputs, the first at position ``lengths``.
+    block: tokens handed in, fewer at the end of ``tokens``.
+
+  Returns:
+    Logits after each token fed, the method's statistics by name, ``[L, B, n, ...]``, and the state.
+  """
+  count = tokens.shape[1]
+  offsets = np.arange(start, start + block)
+  here = offsets < count
+  piece = np.where(here, tokens[:, np.minimum(offsets, count - 1)], 0).astype(np.int32)
+  positions = np.where(here, lengths[:, None] + offsets, -1).astype(np.int32)
+  out, state, figures = decode_step(
+    decoder, method, state, jnp.asarray(piece), jnp.asarray(positions)
+  )
+  kept = int(here.sum())
+  stats = {name: x[:, :, :kept] for name, x in figures_of(figures).items()}
+  return np.asarray(out)[:, :kept], stats, state
+
+
 def teacher_forced(
   decoder: Decoder,
   method: Method,
@@ -52,31 +87,22 @@ def teacher_forced(
   *,
   block: int,
 ) -> tuple[Float[np.ndarray, "B N V"], dict[str, np.ndarray]]:
-  """Feed given tokens after the prompt; every one of them makes its own selection.
-
-  Equals N single steps. The last block is padded, so that one shape is compiled.
+  """Feed given tokens after the prompt, block by block, and keep all logits.
 
   Args:
     state: after the prompt; used up.
-    tokens: inputs, the first at position ``lengths``.
-    block: tokens handed in at once.
+    tokens, block: as in :func:`fed_block`.
 
   Returns:
     Logits after each token, and the method's statistics by name, ``[L, B, N, ...]``.
   """
-  count = tokens.shape[1]
   logits, stats = [], []
-  for start in range(0, count, block):
-    offsets = np.arange(start, start + block)
-    here = offsets < count
-    piece = np.where(here, tokens[:, np.minimum(offsets, count - 1)], 0).astype(np.int32)
-    positions = np.where(here, lengths[:, None] + offsets, -1).astype(np.int32)
-    out, state, figures = decode_step(
-      decoder, method, state, jnp.asarray(piece), jnp.asarray(positions)
+  for start in range(0, tokens.shape[1], block):
+    out, figures, state = fed_block(
+      decoder, method, state, tokens, lengths, start=start, block=block
     )
-    kept = int(here.sum())
-    logits.append(np.asarray(out)[:, :kept])
-    stats.append({name: x[:, :, :kept] for name, x in figures_of(figures).items()})
+    logits.append(out)
+    stats.append(figures)
   joined = {name: np.concatenate([s[name] for s in stats], axis=2) for name in stats[0]}
   return np.concatenate(logits, axis=1), joined
 

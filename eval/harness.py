@@ -101,6 +101,11 @@ def grouped(
 
 def layers_of(progress: Progress | None) -> Callable[[int, int], None] | None:
   """The progress of a prefill, as its own phase."""
+  return phase_of(progress, "prefill")
+
+
+def phase_of(progress: Progress | None, phase: str) -> Callable[[int, int], None] | None:
+  """A listener of one phase."""
   if progress is None:
     return None
-  return lambda done, total: progress("prefill", done, total)
+  return lambda done, total: progress(phase, done, total)

@@ -48,33 +48,45 @@ def compare(
   )
 
 
+def nll(logits: Float[np.ndarray, "N V"], targets: Int[np.ndarray, "N"]) -> Float[np.ndarray, "N"]:
+  """Negative log-likelihood of the true next tokens, nats."""
+  return -np.take_along_axis(log_softmax(logits), targets[:, None], axis=-1)[:, 0]
+
+
 def reading(stats: Figures, row: int) -> dict[str, float]:
-  """What one row of a batch read.
+  """What one row of a batch read, means over steps; see :func:`reading_by_step`."""
+  return {name: float(np.mean(x)) for name, x in reading_by_step(stats, row).items()}
+
+
+def reading_by_step(stats: Figures, row: int) -> dict[str, Float[np.ndarray, "N"]]:
+  """What one row of a batch read at each step.
 
   Args:
     stats: fields of :class:`a2ats_jax.methods.base.Stats`, each ``[L, B, N, ...]``.
 
   Returns:
     ``read`` and ``selected``: fractions of the cached tokens, with and without sinks and window,
-    mean over layers, KV heads and steps. ``tail``: mean share of attention that was estimated.
-    A step's bytes, summed over layers and KV heads: ``read_bytes`` of the cache as it is stored,
+    mean over layers and KV heads. ``tail``: mean share of attention that was estimated.
+    Bytes, summed over layers and KV heads: ``read_bytes`` of the cache as it is stored,
     and of whatever was looked at to choose; ``moved_bytes`` copied out of a store of pages. Empty
     for a method with other statistics.
   """
   if not {"length", "selected", "read", "tail", "read_bytes", "moved"} <= stats.keys():
     return {}
   length = np.maximum(stats["length"][:, row], 1)[..., None].astype(np.float64)
-  selected, read = stats["selected"][:, row], stats["read"][:, row]
 
-  def a_step(size: np.ndarray) -> float:
-    return float(np.mean(np.sum(size, axis=(0, 2), dtype=np.float64)))
+  def mean(values: np.ndarray) -> np.ndarray:
+    return np.mean(values, axis=(0, 2), dtype=np.float64)
+
+  def total(values: np.ndarray) -> np.ndarray:
+    return np.sum(values, axis=(0, 2), dtype=np.float64)
 
   return {
-    "read": float(np.mean(read / length)),
-    "selected": float(np.mean(selected / length)),
-    "tail": float(np.mean(stats["tail"][:, row], dtype=np.float64)),
-    "read_bytes": a_step(stats["read_bytes"][:, row]),
-    "moved_bytes": a_step(stats["moved"][:, row]),
+    "read": mean(stats["read"][:, row] / length),
+    "selected": mean(stats["selected"][:, row] / length),
+    "tail": mean(stats["tail"][:, row]),
+    "read_bytes": total(stats["read_bytes"][:, row]),
+    "moved_bytes": total(stats["moved"][:, row]),
   }
 
 

@@ -25,15 +25,14 @@ def parse_methods(text: str) -> tuple[MethodSpec, ...]:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class CommonOptions:
+class BaseOptions:
   """What every benchmark takes.
 
   Attributes:
     methods: full and oracle are added where missing.
     budgets: each method that selects runs under every one.
-    T: prompt lengths, tokens.
+    T: lengths of prompts or texts, tokens.
     limit: prompts of each task and length.
-    new: tokens decoded after each prompt.
     batch: prompts run at once.
     seed: of everything that is drawn.
     out: directory of the run; None writes nothing.
@@ -43,13 +42,12 @@ class CommonOptions:
   budgets: tuple[Budget, ...] = (Budget(ratio=0.03), Budget(ratio=0.01))
   T: tuple[int, ...] = (4096,)
   limit: int = 4
-  new: int = 32
   batch: int = 1
   seed: int = 0
   out: Path | None = None
 
   def __post_init__(self):
-    for name in ("limit", "new", "batch"):
+    for name in ("limit", "batch"):
       if getattr(self, name) < 1:
         raise UserError(f"{name}: expected at least 1, got {getattr(self, name)}")
     if self.seed < 0:
@@ -63,6 +61,22 @@ class CommonOptions:
           raise UserError(f"{name}: {value} is named twice")
     if min(self.T) < 2:
       raise UserError(f"T: expected at least 2 tokens, got {min(self.T)}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CommonOptions(BaseOptions):
+  """What benchmarks take that decode some tokens after each prompt.
+
+  Attributes:
+    new: tokens decoded after each prompt.
+  """
+
+  new: int = 32
+
+  def __post_init__(self):
+    super().__post_init__()
+    if self.new < 1:
+      raise UserError(f"new: expected at least 1, got {self.new}")
 
 
 def check_context(model: Model, options: CommonOptions) -> None:
@@ -98,7 +112,7 @@ class Case:
     }
 
 
-def cases_of(options: CommonOptions, codebooks: Mapping[str, Codebook]) -> list[Case]:
+def cases_of(options: BaseOptions, codebooks: Mapping[str, Codebook]) -> list[Case]:
   """Every method under every budget: full first, then the oracle, then what was asked for.
 
   Raises:
@@ -121,7 +135,7 @@ def cases_of(options: CommonOptions, codebooks: Mapping[str, Codebook]) -> list[
 def config_of(
   benchmark: str,
   model: Model,
-  options: CommonOptions,
+  options: BaseOptions,
   cases: Sequence[Case],
   codebooks: Mapping[str, Codebook],
 ) -> Row:
@@ -169,7 +183,7 @@ def row_of(
   model: Model,
   case: Case,
   T: int,
-  options: CommonOptions,
+  options: BaseOptions,
   *,
   n: int,
   figures: Row,

@@ -20,6 +20,7 @@ LABELS: Mapping[str, str] = MappingProxyType(
     "top1": "top-1 agreement with full attention",
     "ppl": "perplexity",
     "score": "score, 0 to 1",
+    "nll_diff": "NLL less full attention's, nats a token",
     "mass": "attention mass caught",
     "far_mass": "share of far attention mass caught",
     "topk_recall": "recall of the true top-k",
@@ -132,6 +133,49 @@ def frontier(points: Sequence[tuple[float, float]], *, low: bool) -> list[tuple[
     if not best or (quality < best[-1][1] if low else quality > best[-1][1]):
       best.append((cost, quality))
   return best
+
+
+def by_position(rows: Sequence[Row], path: Path, *, y: str, x: str = "position") -> None:
+  """A figure against position: a panel for each task and length, a line for each method and budget.
+
+  A point stands in the middle of its bucket, with the standard error over texts where there is one.
+  Full attention is dashed; a KL of nought has no place on a log scale.
+
+  Args:
+    x: what positions are of, for the axis.
+  """
+  panels = list(dict.fromkeys((row["task"], row["T"]) for row in rows))
+  figure = Figure(figsize=(4.6 * len(panels) + 2.2, 4), layout="constrained")
+  axes = figure.subplots(1, len(panels), squeeze=False)[0]
+  for axis, (task, length) in zip(axes, panels):
+    lines: dict[str, list[Row]] = {}
+    for row in rows:
+      if (row["task"], row["T"]) == (task, length):
+        granted = "" if row["budget"] is None else f", {budget_label(row)}"
+        lines.setdefault(label(row, rows) + granted, []).append(row)
+    for name, points in lines.items():
+      drawn = [p for p in points if p[y] > 0 or y not in _LOG]
+      if drawn:
+        plain = drawn[0]["method"] == "full"
+        axis.errorbar(
+          [(p["begin"] + p["end"] - 1) / 2 for p in drawn],
+          [p[y] for p in drawn],
+          yerr=[p.get(f"{y}_se") or 0.0 for p in drawn],
+          **({"linestyle": "--", "color": "0.5"} if plain else {"marker": "o"}),
+          markersize=4,
+          capsize=2,
+          label=name,
+        )
+    axis.set(title=f"{task}, T = {length}", xlabel=x, ylabel=LABELS.get(y, y))
+    if y in _LOG:
+      axis.set_yscale("log")
+    elif y in _SHARES:
+      axis.set_ylim(-0.03, 1.03)
+    axis.grid(alpha=0.3)
+  handles = {n: h for axis in axes for h, n in zip(*axis.get_legend_handles_labels())}
+  if handles:
+    figure.legend(handles.values(), handles.keys(), loc="outside right center", fontsize="x-small")
+  figure.savefig(path, dpi=120)
 
 
 def speed(rows: Sequence[Row], path: Path, *, baselines: Sequence[str]) -> None:

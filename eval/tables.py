@@ -17,6 +17,14 @@ COLUMNS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     "needle": ("selected", "score", "score_se", "moved_bytes"),
     "ruler": ("selected", "score", "score_se", "tasks", "tokens", "moved_bytes"),
     "longbench": ("selected", "score", "score_se", "moved_bytes", "read_bytes"),
+    "perplexity": (
+      *("bucket", "ppl", "nll", "nll_se", "nll_diff", "nll_diff_se", "kl", "top1"),
+      *("selected", "read_bytes", "tail"),
+    ),
+    "generation": (
+      *("bucket", "kl", "kl_se", "top1", "ppl", "nll_diff", "mass", "selected", "read_bytes"),
+      *("tail", "agree"),
+    ),
     "speed attention": (
       *("selected", "fetched", "ms", "ms_low", "ms_high", "baseline", "baseline_ms", "ratio"),
       *("score_ms", "selection_ms", "selection_share", "moved_bytes"),
@@ -37,6 +45,9 @@ HEADS: Mapping[str, str] = MappingProxyType(
     "kl_se": "± s.e.",
     "mass_se": "± s.e.",
     "score_se": "± s.e.",
+    "nll_se": "± s.e.",
+    "nll_diff_se": "± s.e.",
+    "nll_diff": "less full's",
     "moved_bytes": "moved",
     "read_bytes": "bytes read",
     "topk_recall": "top-k",

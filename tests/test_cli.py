@@ -75,6 +75,8 @@ COMMANDS = (
   ("eval", "needle"),
   ("eval", "ruler"),
   ("eval", "longbench"),
+  ("eval", "perplexity"),
+  ("eval", "generation"),
   ("eval", "compare"),
   ("eval", "speed"),
   ("eval", "report"),
@@ -208,6 +210,27 @@ def test_longbench_is_read_from_a_directory(capfd, model_dir, tmp_path):
   assert_refused(run(capfd, *common, "--datasets", "squad"), "datasets", "qasper", "squad")
 
 
+@pytest.mark.parametrize(
+  ("benchmark", "more", "buckets"),
+  [
+    ("perplexity", ("--prompt", 40), ["40-51", "52-63"]),
+    ("generation", ("--new", 6), ["0-2", "3-5"]),
+  ],
+)
+def test_figures_by_position(capfd, model_dir, tmp_path, benchmark, more, buckets):
+  code, out, err = run(
+    capfd,
+    *("eval", benchmark, "--model", model_dir, "--kinds", "identifiers", "--T", 64, *more),
+    *("--methods", "full", "--budget", "0.1", "--limit", 1, "--buckets", "2", "--json"),
+    *("--out", tmp_path / "run"),
+  )
+  assert code == 0, err
+  rows = [json.loads(line) for line in out.splitlines()]
+  assert [row["method"] for row in rows] == ["full", "full", "oracle", "oracle"]
+  assert [row["bucket"] for row in rows] == buckets * 2
+  assert {row["task"] for row in rows} == {"identifiers"}
+
+
 def test_train_then_use(capfd, model_dir, prose, tmp_path):
   out_dir = tmp_path / "trained"
   common = ("train", "--model", model_dir, "--text", prose, "--out", out_dir)
@@ -235,6 +258,21 @@ def assert_refused(result: tuple[int, str, str], *words: str) -> None:
 
 def generate(capfd, model, *more):
   return run(capfd, "generate", "--model", model, "--new", 4, *more)
+
+
+@pytest.mark.parametrize(
+  ("words", "told"),
+  [
+    (("perplexity", "--buckets", "4,2"), "buckets"),
+    (("perplexity", "--prompt", "4096"), "prompt: expected 1 to 4095"),
+    (("perplexity", "--kinds", "prose"), "kinds"),
+    (("generation", "--buckets", "few"), "buckets"),
+    (("generation", "--temperature=-1"), "temperature"),
+    (("generation", "--new", "0"), "new: expected at least 1"),
+  ],
+)
+def test_options_of_long_texts(capfd, words, told):
+  assert_refused(run(capfd, "eval", *words), told)
 
 
 @pytest.mark.parametrize("budget", ["1.5", "-0.1", "lots", "nan"])

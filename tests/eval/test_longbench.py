@@ -385,7 +385,7 @@ def test_an_answer_of_one_line_is_not_empty_and_ends_at_a_newline():
 def test_a_newline_ends_answers_of_samsum_alone(tmp_path, monkeypatch):
   seen = []
 
-  def fake(model, prompts, cases, *, stop, some, **rest):
+  def fake(model, cases, prompts, *, stop, some, **rest):
     seen.append((list(stop), some))
     return iter([[case.identity | {"prediction": "Ann went.", "read": 1.0}] for case in cases])
 

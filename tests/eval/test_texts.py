@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from a2ats_jax.errors import UserError
-from eval.texts import gather, prompt_of, windows
+from eval.texts import gather, gather_kinds, prompt_of, windows
 from tests.eval import tiny
+from train_codebooks.texts import pydoc_held_out, random_identifiers
 
 
 def _windows(**changes):
@@ -51,3 +52,38 @@ def test_files_are_named_by_their_stems(tmp_path: Path):
 def test_pythons_own_prose_is_the_default():
   (text,) = gather([])
   assert len(text.text) > 100_000
+
+
+def test_kinds_of_text_stand_in_the_order_asked_for():
+  found = gather_kinds(["identifiers", "code", "text"], [], tokens=80, seed=0)
+  assert [kind.name for kind in found] == ["identifiers", "code", pydoc_held_out().name]
+  first, code, _ = (kind.text for kind in found)
+  assert len(first.split(",")) == 11
+  assert "class ArgumentParser" in code
+  assert "class TarFile" in code
+  # Calibration with any small seed drew others.
+  drawn = [set(random_identifiers(11, seed).text.split(",")) for seed in range(100)]
+  assert not any(set(first.split(",")) & ids for ids in drawn)
+  assert gather_kinds(["identifiers"], [], tokens=80, seed=1)[0].text != first
+
+
+@pytest.mark.parametrize(
+  ("names", "message"),
+  [
+    (["prose"], "kinds: expected each of text, code, identifiers at most once, got prose"),
+    (["code", "code"], "at most once, got code,code"),
+    ([""], "kinds: expected"),
+  ],
+)
+def test_unknown_kinds_are_refused(names, message):
+  with pytest.raises(UserError, match=message):
+    gather_kinds(names, [], tokens=8, seed=0)
+
+
+def test_files_must_be_a_kind_and_not_named_like_another(tmp_path):
+  path = tmp_path / "code.txt"
+  path.write_text("some words")
+  with pytest.raises(UserError, match="text: has no meaning without the kind text, got kinds code"):
+    gather_kinds(["code"], [path], tokens=8, seed=0)
+  with pytest.raises(UserError, match="text: a file is named like another kind"):
+    gather_kinds(["text", "code"], [path], tokens=8, seed=0)
