@@ -1,7 +1,12 @@
 """The model that lm-eval takes: likelihoods, rolling likelihoods and answers against plain ones."""
 
 import dataclasses
+import json
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
@@ -132,3 +137,65 @@ def test_bad_input_is_one_line():
   asked = ("Ann", {"until": ["."], "do_sample": True, "temperature": 0.7})
   with pytest.raises(UserError, match="do_sample"):
     model.generate_until(instances("generate_until", asked))
+
+
+SCRIPT = """
+import json, sys
+import lm_eval
+from eval.lm_eval_model import KVModel
+from tests.eval import tiny
+
+shared = {
+  "dataset_path": "json",
+  "dataset_kwargs": {"data_files": {"test": sys.argv[1]}},
+  "test_split": "test",
+  "doc_to_text": "{{q}}",
+  "target_delimiter": "",
+}
+choice = shared | {
+  "task": "choice",
+  "output_type": "multiple_choice",
+  "doc_to_choice": "{{choices}}",
+  "doc_to_target": "{{answer}}",
+  "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
+}
+open_ = shared | {
+  "task": "open",
+  "output_type": "generate_until",
+  "doc_to_target": "{{choices[answer]}}",
+  "generation_kwargs": {"until": ["."], "max_gen_toks": 6},
+  "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
+}
+model = KVModel(tiny.model(), method="snapkv", budget="0.5")
+found = lm_eval.simple_evaluate(model=model, tasks=[choice, open_], bootstrap_iters=0)
+samples = found["samples"]
+print(json.dumps([
+  found["results"]["choice"]["acc,none"],
+  [float(response[0][0]) for response in samples["choice"][0]["resps"]],
+  samples["open"][0]["resps"][0][0],
+]))
+"""
+
+
+def test_the_packages_evaluator_takes_it(tmp_path):
+  """Tasks of a choice and of an open answer, from a file, by lm-eval's own loop."""
+  data = tmp_path / "data.jsonl"
+  rows = [{"q": TEXT[:25], "choices": [" it.", " no"], "answer": 0}]
+  data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+  root = Path(__file__).parents[2]
+  run = subprocess.run(
+    [sys.executable, "-c", SCRIPT, str(data)],
+    cwd=root,
+    env=os.environ
+    | {"HF_HOME": str(tmp_path), "HF_DATASETS_OFFLINE": "1", "PYTHONPATH": str(root)},
+    capture_output=True,
+    text=True,
+    timeout=400,
+  )
+  assert run.returncode == 0, run.stderr[-2000:]
+  accuracy, likelihoods, answer = json.loads(run.stdout.splitlines()[-1])
+  model, ids = KVModel(tiny.model(), method="snapkv", budget="0.5"), list(map(ord, TEXT[:25]))
+  want = [model.score(ids, list(map(ord, choice)))[0] for choice in (" it.", " no")]
+  assert likelihoods == pytest.approx(want, abs=1e-4)
+  assert accuracy == float(want[0] > want[1])
+  assert answer == model.answer(ids, ["."], new=6)
