@@ -457,5 +457,6 @@ class Eval:
     from a2ats_jax.files import write_atomically
     from eval.report import COMMAND
 
-    if self.benchmark.out is not None and not isinstance(self.benchmark, Report):
-      write_atomically(self.benchmark.out / COMMAND, shlex.join(["a2ats", *arguments]) + "\n")
+    out = self.benchmark.out
+    if out is not None and out.is_dir() and not isinstance(self.benchmark, Report):
+      write_atomically(out / COMMAND, shlex.join(["a2ats", *arguments]) + "\n")
