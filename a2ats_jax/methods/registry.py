@@ -17,6 +17,7 @@ from a2ats_jax.far import FarPosition
 from a2ats_jax.methods.a2ats import A2ATS
 from a2ats_jax.methods.a2ats_reference import A2ATSReference
 from a2ats_jax.methods.actqkv_style import ActQKVStyle
+from a2ats_jax.methods.adakv import AdaKV
 from a2ats_jax.methods.base import Method
 from a2ats_jax.methods.clusterkv import ClusterKV
 from a2ats_jax.methods.corm import CORM
@@ -227,6 +228,15 @@ METHODS: Table = MappingProxyType(
       kernel=_count(7),
       pool=Option(default="max", read=one_of("max", "mean")),
       layers=Option(default="uniform", read=one_of("uniform", "pyramid")),
+      profile=PROFILE,
+    ),
+    "adakv": _entry(
+      "of the prompt, as snapkv, with one budget for the heads of a layer",
+      AdaKV,
+      window=_count(32),
+      kernel=_count(7),
+      pool=Option(default="max", read=one_of("max", "mean")),
+      safeguard=Option(default="0.2", read=read_share),
       profile=PROFILE,
     ),
     "h2o": _entry("the tokens of most attention so far, and the latest", H2O, profile=PROFILE),

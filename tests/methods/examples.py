@@ -95,6 +95,13 @@ def qpruning_bytes(g: Geometry) -> tuple[int, int]:
   return g.layers * g.batch * g.kv_heads * a_head + 4 * g.batch, 0
 
 
+def adakv_bytes(g: Geometry) -> tuple[int, int]:
+  """A byte a slot for its KV head; later tokens stay."""
+  slots, later = g.kv_heads * quarter(g.prompt), g.kv_heads * g.new
+  numbers = 2 * (slots + later) * g.head_dim
+  return g.layers * g.batch * (4 * numbers + slots) + 4 * g.batch, 0
+
+
 def quest_bytes(g: Geometry) -> tuple[int, int]:
   """Pages of 4."""
   pages = -(-g.capacity // 4)
@@ -157,6 +164,7 @@ EXAMPLES: dict[str, Example] = {
     options="window=5:kernel=3",
     bytes=lambda g: kept_bytes(g, [quarter(g.prompt) + g.new] * g.layers),
   ),
+  "adakv": Example(options="window=5:kernel=3", bytes=adakv_bytes),
   "h2o": Example(bytes=lambda g: kept_bytes(g, [quarter(g.capacity)] * g.layers, 4)),
   "prefixkv": Example(bytes=lambda g: kept_bytes(g, [quarter(g.capacity)] * g.layers)),
   "corm": Example(

@@ -3,6 +3,7 @@
 One row, one KV head under two query heads, keys of two numbers that stand as they are rotated.
 """
 
+import dataclasses
 import math
 
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ import pytest
 
 from a2ats_jax.budget import Budget
 from a2ats_jax.methods import kept
+from a2ats_jax.methods.adakv import AdaKV
 from a2ats_jax.methods.base import Geometry, PromptLayer
 from a2ats_jax.methods.clusterkv import ClusterKV
 from a2ats_jax.methods.corm import CORM
@@ -76,6 +78,22 @@ def test_snapkv_keeps_the_window_and_what_it_looks_at():
   looks = [[(0.0, 3.0), (0.0, 3.0)]]
   assert held(absorbed(SnapKV(budget=HALF, window=1, kernel=1), looks)) == [2, 3, 6, 7]
   assert held(absorbed(SnapKV(budget=Budget(tokens=3), window=1, kernel=3), looks)) == [2, 3, 7]
+
+
+def test_adakv_gives_a_layers_slots_to_the_best_of_any_head():
+  """Two KV heads, three tokens each, of which two are safe: the window, and the best other one.
+
+  The first head's query gives nearly all to 3 and 0.014 to 2 and 6; the second's gives 1/8 to every
+  token. So the two slots that are free go to the second head. With all three safe, they do not.
+  """
+  one = prompt([[(0.0, 3.0), (0.0, 0.0)]])
+  both = {name: jnp.repeat(getattr(one, name), 2, axis=2) for name in ("keys", "rotated", "values")}
+  method = AdaKV(budget=Budget(tokens=3), window=1, kernel=1, safeguard=0.67)
+  chosen = method.choose(dataclasses.replace(one, **both), jnp.asarray([3], jnp.int32))[0]
+  assert [np.flatnonzero(row).tolist() for row in np.asarray(chosen)] == [[3, 7], [0, 1, 2, 7]]
+  even = dataclasses.replace(method, safeguard=1.0)
+  chosen = even.choose(dataclasses.replace(one, **both), jnp.asarray([3], jnp.int32))[0]
+  assert [np.flatnonzero(row).tolist() for row in np.asarray(chosen)] == [[2, 3, 7], [0, 1, 7]]
 
 
 def test_corm_keeps_what_a_query_gave_more_than_an_even_share():

@@ -19,30 +19,33 @@ SHAPES = {
 METHOD = QPruningKV(budget=Budget(tokens=4), bits=4, group=4, window=5, kernel=3)
 
 
-def kept(method: QPruningKV, cache, layer: int, row: int) -> list[np.ndarray]:
-  """Of every KV head, the prompt tokens that stay, by position."""
+def scores(method, cache, layer: int, row: int) -> np.ndarray:
+  """``[K, length]``: what the last queries of each KV head's group give to every token, pooled with
+  its neighbours; the window's own tokens before all others, the latest first."""
   length = int(cache.lengths[row])
   keys = turned(cache.k[layer, row, :length], cache.rope)
   queries = turned(cache.q[layer, row, :length], cache.rope)
   group = queries.shape[1] // keys.shape[1]
-  allowed = min(method.budget.tokens * 16 // method.bits, length)
-  first = max(length - method.window, 0)
-  out = []
-  for head in range(keys.shape[1]):
-    score = np.zeros(length)
-    for h in range(head * group, (head + 1) * group):
-      votes = np.zeros(length)
-      for now in range(first, length):
-        logit = keys[: now + 1, head] @ queries[now, h] * keys.shape[2] ** -0.5
-        weight = np.exp(logit - logit.max())
-        votes[: now + 1] += weight / weight.sum()
-      votes[first:] = 0
-      half = method.kernel // 2
-      for p in range(length):
-        score[p] += votes[max(p - half, 0) : p + half + 1].max()
-    score[first:] = 1e6 + np.arange(first, length)
-    out.append(np.sort(np.argsort(-score, kind="stable")[:allowed]))
+  first, half = max(length - method.window, 0), method.kernel // 2
+  out = np.zeros((keys.shape[1], length))
+  for h in range(queries.shape[1]):
+    head, votes = h // group, np.zeros(length)
+    for now in range(first, length):
+      logit = keys[: now + 1, head] @ queries[now, h] * keys.shape[2] ** -0.5
+      weight = np.exp(logit - logit.max())
+      votes[: now + 1] += weight / weight.sum()
+    votes[first:] = 0
+    for p in range(length):
+      out[head, p] += votes[max(p - half, 0) : p + half + 1].max() / method.window / group
+  out[:, first:] = 1e6 + np.arange(first, length)
   return out
+
+
+def kept(method: QPruningKV, cache, layer: int, row: int) -> list[np.ndarray]:
+  """Of every KV head, the prompt tokens that stay, by position."""
+  allowed = min(method.budget.tokens * 16 // method.bits, int(cache.lengths[row]))
+  every = scores(method, cache, layer, row)
+  return [np.sort(np.argsort(-score, kind="stable")[:allowed]) for score in every]
 
 
 def quantised(x: np.ndarray, method: QPruningKV, by_channel: bool) -> np.ndarray:
