@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from a2ats_jax.methods.registry import METHODS
 from eval import tables
 from eval.compare import side_by_side
 
@@ -31,6 +32,8 @@ KEPT = (
     "score",
   ),
 )  # of a benchmark's row
+
+WHO = ("benchmark", "task", "method", "options", "T", "budget", "per")
 
 Row = dict[str, Any]
 
@@ -113,10 +116,14 @@ def pages(rows: Sequence[Row]) -> dict[Path, str]:
 
 def main() -> int:
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-  parser.add_argument("run", type=Path, help="directory of a finished comparison")
-  run = parser.parse_args().run
-  rows = json.loads((run / "metrics.json").read_text())["rows"]
-  rows = [{name: row[name] for name in KEPT if name in row} for row in rows]
+  parser.add_argument("runs", type=Path, nargs="+", help="directories of finished comparisons")
+  found: dict[tuple[Any, ...], Row] = {}
+  for run in parser.parse_args().runs:
+    for row in json.loads((run / "metrics.json").read_text())["rows"]:
+      kept = {name: row[name] for name in KEPT if name in row}
+      found.setdefault(tuple(kept[name] for name in WHO), kept)
+  order = list(METHODS)
+  rows = sorted(found.values(), key=lambda row: (row["benchmark"], order.index(row["method"])))
   RECORD.write_text("".join(json.dumps(row) + "\n" for row in rows))
   for path, text in pages(rows).items():
     path.write_text(text)

@@ -17,7 +17,7 @@ from a2ats_jax.store import KVStore
 from tests import cases
 from tests.methods.examples import EXAMPLES
 
-SHAPE = dataclasses.replace(cases.PAIRS, new=56)
+SHAPE = dataclasses.replace(cases.PAIRS, heads=6, new=56)  # three query heads a KV head
 LENGTHS = [40, 1, 13]
 NAMES = [name for name in registry.METHODS if name != "a2ats-reference"]
 
