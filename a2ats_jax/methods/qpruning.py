@@ -11,8 +11,9 @@ import numpy as np
 from a2ats_jax import attention, quantise
 from a2ats_jax.budget import Budget
 from a2ats_jax.errors import UserError
-from a2ats_jax.methods import dense, kept
+from a2ats_jax.methods import dense, kept, layer_budget
 from a2ats_jax.methods.base import Geometry, Needs, PromptLayer, Stats
+from a2ats_jax.methods.layer_budget import Curves
 from a2ats_jax.methods.snapkv import window_scores
 from a2ats_jax.quantise import Packed
 from a2ats_jax.rope import Rope, rotate
@@ -46,7 +47,7 @@ class QPruningState:
 @partial(
   jax.tree_util.register_dataclass,
   data_fields=[],
-  meta_fields=["budget", "bits", "group", "by_channel", "window", "kernel"],
+  meta_fields=["budget", "bits", "group", "by_channel", "window", "kernel", "profile"],
 )
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class QPruningKV:
@@ -62,7 +63,7 @@ class QPruningKV:
 
   Ours: scales from the minimum and the maximum of a group; the repository's quantiser (HQQ) refines
   its zero points further. One choice a KV head. Groups that run along tokens are filled up with the
-  last token kept.
+  last token kept. Layers have the slots of the largest, with a profile too.
 
   Attributes:
     budget: tokens of 16 bits that each KV head of the prompt may take the room of.
@@ -71,6 +72,8 @@ class QPruningKV:
     by_channel: whose groups run along tokens: ``values``, what the repository does, or ``keys``, as
       KIVI.
     window, kernel: as in :class:`a2ats_jax.methods.snapkv.SnapKV`; 8 and 7 as in the repository.
+    profile: curves of a model, which share the budget out to its layers
+      (:mod:`a2ats_jax.methods.layer_budget`); none for equal shares.
   """
 
   budget: Budget
@@ -79,6 +82,7 @@ class QPruningKV:
   by_channel: Literal["values", "keys"] = "values"
   window: int = 8
   kernel: int = 7
+  profile: Curves = ()
 
   def __post_init__(self):
     quantise.check(self.bits, self.group)
@@ -96,10 +100,10 @@ class QPruningKV:
   def needs(self) -> Needs:
     return Needs(queries=self.window)
 
-  def granted(self, longest: int) -> Int[np.ndarray, "lengths"]:
-    """Tokens that each KV head keeps, by the prompt's length."""
-    tokens = self.budget.resolve(longest).astype(np.int64) * 16 // self.bits
-    return np.minimum(tokens, np.arange(longest + 1)).astype(np.int32)
+  def granted(self, longest: int, layers: int) -> Int[np.ndarray, "L lengths"]:
+    """Tokens that each KV head of a layer keeps, by the prompt's length."""
+    table = layer_budget.granted(self.budget, longest, layers, self.profile).astype(np.int64)
+    return np.minimum(table * 16 // self.bits, np.arange(longest + 1)).astype(np.int32)
 
   def init(self, geometry: Geometry) -> QPruningState:
     g = geometry
@@ -108,7 +112,7 @@ class QPruningKV:
         f"qpruningkv: group must divide the model's head size of {g.head_dim}, got {self.group}"
       )
     lead = (g.layers, g.batch, g.kv_heads)
-    count = -(-max(int(self.granted(g.prompt).max()), 1) // self.group) * self.group
+    count = -(-max(int(self.granted(g.prompt, g.layers).max()), 1) // self.group) * self.group
 
     def packed(by_channel: bool) -> Packed:
       shape = (g.head_dim, count) if by_channel else (count, g.head_dim)
@@ -134,7 +138,8 @@ class QPruningKV:
     self, state: QPruningState, prompt: PromptLayer, *, layer: int | Array
   ) -> QPruningState:
     t, count = prompt.keys.shape[1], state.positions.shape[3]
-    many = jnp.asarray(self.granted(t))[prompt.lengths]
+    table = jnp.asarray(self.granted(t, len(state.positions)))
+    many = table[layer, prompt.lengths]
     scores = window_scores(prompt, window=self.window, kernel=self.kernel, pool="max")
     slot = jnp.arange(t, dtype=jnp.int32)[None]
     stays = kept.best(scores, many, slot < prompt.lengths[:, None])

@@ -278,6 +278,7 @@ METHODS: Table = MappingProxyType(
       by_channel=Option(default="values", read=one_of("values", "keys")),
       window=_count(8),
       kernel=_count(7),
+      profile=PROFILE,
     ),
     "quest": _entry("pages whose keys could score highest", Quest, page=_count(16)),
     "clusterkv": _entry(

@@ -9,11 +9,13 @@ import pytest
 from a2ats_jax.budget import Budget
 from a2ats_jax.errors import UserError
 from a2ats_jax.methods import kept
+from a2ats_jax.methods.adakv import AdaKV
 from a2ats_jax.methods.corm import CORM
 from a2ats_jax.methods.h2o import H2O
 from a2ats_jax.methods.l2norm import L2Norm
 from a2ats_jax.methods.layer_budget import curves_of, load_profile, save_profile, shares_of
 from a2ats_jax.methods.prefixkv import PrefixKV
+from a2ats_jax.methods.qpruning import QPruningKV
 from a2ats_jax.methods.snapkv import SnapKV
 from a2ats_jax.methods.streaming import Streaming
 from tests import cases
@@ -289,6 +291,28 @@ def test_every_evicting_method_takes_a_profile(method):
     assert np.all(np.sum(np.asarray(held.positions) >= 0, axis=-1) <= sizes[ran.layer])
     assert np.all(np.asarray(ran.stats.read) >= 1)
   assert np.max(np.asarray(held.positions)) >= 44  # the last token is there
+  with pytest.raises(UserError, match="curves of 2 layers, got 3"):
+    dataclasses.replace(method, profile=lopsided(3)).init(SHAPE.geometry)
+
+
+@pytest.mark.parametrize(
+  "method",
+  [
+    QPruningKV(budget=Budget(tokens=6), bits=8, group=8, profile=lopsided()),
+    AdaKV(budget=Budget(tokens=12), window=4, profile=lopsided()),
+  ],
+  ids=lambda method: method.name,
+)
+def test_methods_with_slots_of_the_largest_layer_take_a_profile(method):
+  """Layers hold what the profile grants them: 24 tokens together, of the longest row."""
+  cache = cases.draw_cache(SHAPE, seed=0, lengths=[40, 31, 12])
+  state = cases.prefilled(method, cache)
+  if isinstance(method, AdaKV):
+    held = np.sum(np.asarray(state.owner) >= 0, axis=-1)[:, 0] / SHAPE.kv_heads
+  else:
+    held = np.sum(np.asarray(state.positions) >= 0, axis=-1)[:, 0, 0]
+  assert held[0] < 12 < held[1]
+  assert held.sum() == pytest.approx(24, abs=2)
   with pytest.raises(UserError, match="curves of 2 layers, got 3"):
     dataclasses.replace(method, profile=lopsided(3)).init(SHAPE.geometry)
 
