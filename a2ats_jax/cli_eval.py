@@ -137,6 +137,9 @@ class Needle(TextBenchmark):
 class Ruler(TextBenchmark):
   """RULER's thirteen tasks: needles, variable tracking, word counts, questions about documents."""
 
+  methods: str = "full,oracle,a2ats,a2ats-plus"
+  """KV methods, comma-separated, with options as in a2ats-plus:far=segments(16). Full attention is
+  always run beside them, the oracle where it is named."""
   T: str = "4096"
   """Tokens of a prompt and of its answer together, as RULER counts them, comma-separated."""
   limit: int = 4
@@ -180,6 +183,9 @@ class Ruler(TextBenchmark):
 class Longbench(Benchmark):
   """LongBench, from its files: questions, summaries, few-shot tasks, retrieval, counting, code."""
 
+  methods: str = "full,oracle,a2ats,a2ats-plus"
+  """KV methods, comma-separated, with options as in a2ats-plus:far=segments(16). Full attention is
+  always run beside them, the oracle where it is named."""
   data: Path
   """Directory with LongBench's files, a dataset each: qasper.jsonl, hotpotqa.jsonl, ..."""
   datasets: str = ""

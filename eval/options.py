@@ -112,15 +112,23 @@ class Case:
     }
 
 
-def cases_of(options: BaseOptions, codebooks: Mapping[str, Codebook]) -> list[Case]:
+def cases_of(
+  options: BaseOptions,
+  codebooks: Mapping[str, Codebook],
+  *,
+  beside: Sequence[str] = ("full", "oracle"),
+) -> list[Case]:
   """Every method under every budget: full first, then the oracle, then what was asked for.
+
+  Args:
+    beside: methods that run whether they were asked for or not.
 
   Raises:
     UserError: a method needs codebooks and there are none, or an option is out of range.
   """
   asked = list(options.methods)
   named = [spec.name for spec in asked]
-  missing = [n for n in ("full", "oracle") if n not in named]
+  missing = [n for n in beside if n not in named]
   specs = [registry.parse_method(name, TABLE) for name in missing] + asked
   rank = {"full": 0, "oracle": 1}
   cases = []

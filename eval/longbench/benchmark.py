@@ -168,7 +168,7 @@ def run(
   Raises:
     UserError: codebooks missing, or ``out`` holding another run.
   """
-  cases = cases_of(options, codebooks)
+  cases = cases_of(options, codebooks, beside=("full",))
   config = config_of("longbench", model, options, cases, codebooks)
   config |= {"data": dict(work.hashes), "datasets": list(work.hashes), "chat": work.chat}
   finished = open_run(options.out, config)

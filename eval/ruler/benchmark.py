@@ -158,7 +158,7 @@ def run(
   Raises:
     UserError: see :func:`make_prompts`; also codebooks missing, or ``out`` holding another run.
   """
-  cases = cases_of(options, codebooks)
+  cases = cases_of(options, codebooks, beside=("full",))
   prompts = make_prompts(model, options, material, progress)
   tasks = list(dict.fromkeys(task for task, _ in prompts))
   config = config_of("ruler", model, options, cases, codebooks)

@@ -292,7 +292,7 @@ def _sample(folder):
 
 def test_every_method_answers_the_same_prompts_and_a_killed_run_resumes(tmp_path):
   folder = _sample(tmp_path / "data")
-  methods = parse_methods("streaming")
+  methods = parse_methods("oracle,streaming")
 
   def measure(out, progress=None, **changes):
     asked = options(folder, methods=methods, T=(500,), out=out, **changes)
@@ -402,7 +402,7 @@ def test_a_newline_ends_answers_of_samsum_alone(tmp_path, monkeypatch):
 
 def test_one_dataset_has_no_average(tmp_path):
   write(tmp_path, "hotpotqa", [line(), line()])
-  asked = options(tmp_path, methods=parse_methods("full"), batch=2)
+  asked = options(tmp_path, methods=parse_methods("full,oracle"), batch=2)
   rows = run(tiny.model(), asked, prepare(tiny.model(), asked))
   assert [row["task"] for row in rows] == ["hotpotqa"] * 2
 

@@ -24,7 +24,7 @@ def options(**changes) -> RulerOptions:
     "tasks": ("niah_single_1", "qa_1", "qa_2"),
     "T": (640,),
     "limit": 2,
-    "methods": parse_methods("a2ats-plus:window=8"),
+    "methods": parse_methods("oracle,a2ats-plus:window=8"),
     "budgets": (Budget(ratio=1.0),),
   }
   return RulerOptions(**given | changes)
@@ -184,7 +184,7 @@ def test_the_command(tmp_path, capfd, monkeypatch):
   squad = squad_file(tmp_path / "squad.json")
   words = ["eval", "ruler", "--model", tmp_path / "model", "--text", tmp_path / "prose.txt"]
   words += ["--T", 1000, "--tasks", "niah_multikey_1,qa_1,qa_2", "--squad", squad, "--limit", 1]
-  words += ["--methods", "full", "--out", tmp_path / "run"]
+  words += ["--methods", "full,oracle", "--out", tmp_path / "run"]
   cli.main([str(word) for word in words])
   out = capfd.readouterr().out
   assert "not run: qa_2 needs --hotpotqa FILE" in out
