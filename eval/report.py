@@ -146,6 +146,32 @@ def _table(title: str, rows: Sequence[Row], figures: Sequence[str]) -> Table:
   )
 
 
+def by_layer(run: RunDir) -> list[Table]:
+  """The share of true attention that each layer reads: mean over query heads, and the lowest head.
+
+  A table for every task and length of a recall run, means over its prompts; empty for other runs.
+  """
+  lines = run.lines if run.config["benchmark"] == "recall" else []
+  out = []
+  for task, T in dict.fromkeys((line["task"], line["T"]) for line in lines):
+    mine = [line["results"] for line in lines if (line["task"], line["T"]) == (task, T)]
+    names = [_case(one, mine[0]) for one in mine[0]]
+    mass = np.mean([[one["mass"] for one in results] for results in mine], axis=0)
+    body = [
+      [str(layer), *(f"{np.mean(heads):.3f} ({np.min(heads):.3f})" for heads in mass[:, layer])]
+      for layer in range(mass.shape[1])
+    ]
+    title = f"{task}, {T} tokens: attention read by layer, mean of query heads (lowest)"
+    numeric = [True] * (1 + len(names))
+    out.append(Table(title=title, head=["layer", *names], body=body, numeric=numeric))
+  return out
+
+
+def _case(result: Row, beside: Sequence[Row]) -> str:
+  """A method and its budget in a few words."""
+  return " ".join(filter(None, (tables.label(result, beside), tables.budget_label(result))))
+
+
 def heat_maps(run: RunDir) -> dict[str, Figure]:
   """Needles found by depth and length, a panel for each method and budget, a figure for each task.
 
@@ -161,9 +187,7 @@ def heat_maps(run: RunDir) -> dict[str, Figure]:
     count: dict[str, Float[np.ndarray, "depths lengths"]] = {}
     for line in mine:
       for result in line["results"]:
-        name = " ".join(
-          filter(None, (tables.label(result, line["results"]), tables.budget_label(result)))
-        )
+        name = _case(result, line["results"])
         shape = (len(depths), len(lengths))
         at = depths.index(line["depth"]), lengths.index(line["T"])
         found.setdefault(name, np.zeros(shape))[at] += result["score"]
@@ -245,7 +269,7 @@ def _section(run: RunDir) -> dict[str, Any]:
     "finished": run.finished,
     "prompts": len(run.lines),
     "command": run.command,
-    "tables": tables_of(run),
+    "tables": [*tables_of(run), *by_layer(run)],
     "pictures": [
       {"title": title, "data": base64.b64encode(data).decode()} for title, data in pictures
     ],

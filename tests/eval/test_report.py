@@ -78,6 +78,27 @@ def test_the_heat_map_is_the_share_found_at_each_depth(runs):
   assert [tick.get_text() for tick in figure.axes[0].get_yticklabels()] == ["0.1", "0.9"]
 
 
+def test_recall_is_told_layer_by_layer(runs):
+  run = runs / "recall"
+  run.mkdir()
+  (run / "config.yaml").write_text(yaml.safe_dump({"benchmark": "recall", "T": [128]}))
+  # Two texts, two layers of two query heads.
+  masses = [[[1.0, 0.5], [0.2, 0.4]], [[0.5, 0.5], [0.4, 0.6]]]
+  lines = [
+    {"task": "prose", "T": 128, "index": i, "results": [RESULTS[1] | {"mass": mass}]}
+    for i, mass in enumerate(masses)
+  ]
+  (run / "predictions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+  (recall,) = (run for run in report.find_runs(runs) if run.name == "recall")
+  (table,) = report.by_layer(recall)
+  assert table.head == ["layer", "a<b> 0.03"]
+  assert table.body == [["0", "0.625 (0.500)"], ["1", "0.400 (0.300)"]]
+  _, markdown = report.write(runs)
+  assert "| 0 | 0.625 (0.500) |" in markdown.read_text().splitlines()
+  (needle,) = (run for run in report.find_runs(runs) if run.name == "needle")
+  assert report.by_layer(needle) == []
+
+
 def test_bad_directories_are_one_line(runs, tmp_path):
   with pytest.raises(UserError, match="expected a directory with runs"):
     report.write(tmp_path / "none")
