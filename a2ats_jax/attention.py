@@ -120,16 +120,19 @@ def causal_chunk(
   k: Float[Array, "B K T D"],
   v: Float[Array, "B K T D"],
   start: Int[Array, ""],
+  *,
+  window: int | None = None,
 ) -> Float[Array, "B S H D"]:
   """Exact causal attention of one chunk of prompt queries over the keys up to its end.
 
   Walks key blocks of S tokens with a running softmax, so nothing larger than S x S per head is
-  built, and blocks after the chunk are never touched.
+  built, and blocks after the chunk, or wholly before the window, are never touched.
 
   Args:
     q: rotated queries at positions ``start .. start + S - 1``.
     k, v: rotated keys and values of the prompt by position; T a multiple of S.
     start: position of the first query, a multiple of S.
+    window: keys that a query sees, its own included; all unless given.
   """
   b, s, h, d = q.shape
   kv_heads = k.shape[1]
@@ -146,7 +149,10 @@ def causal_chunk(
     )
     scores = scores * d**-0.5
     column = index * s + jnp.arange(s, dtype=jnp.int32)
-    scores = jnp.where((column[None, :] <= row[:, None])[None, None], scores, -jnp.inf)
+    seen = column[None, :] <= row[:, None]
+    if window is not None:
+      seen &= column[None, :] > row[:, None] - window
+    scores = jnp.where(seen[None, None], scores, -jnp.inf)
     new = jnp.maximum(peak, jnp.max(scores, axis=-1))
     p = jnp.exp(scores - new[..., None])
     shrink = jnp.exp(peak - new)
@@ -159,14 +165,15 @@ def causal_chunk(
     )
     return out, new, total * shrink + jnp.sum(p, axis=-1)
 
+  first = 0 if window is None else jnp.maximum(start - window + 1, 0) // s
   shape = rows.shape[:-1]
-  # Walked from the first block, where every row sees key 0: the running peak is finite at once.
+  # The running peak starts finite: in the first block of a window some rows see no key.
   carry = (
     jnp.zeros((*shape, d), jnp.float32),
-    jnp.full(shape, -jnp.inf),
+    jnp.full(shape, jnp.finfo(jnp.float32).min),
     jnp.zeros(shape, jnp.float32),
   )
-  out, _, total = jax.lax.fori_loop(0, start // s + 1, block, carry)
+  out, _, total = jax.lax.fori_loop(first, start // s + 1, block, carry)
   out = (out / total[..., None]).reshape(b, kv_heads, group, s, d)
   return out.transpose(0, 3, 1, 2, 4).reshape(b, s, h, d)
 

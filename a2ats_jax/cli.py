@@ -124,8 +124,9 @@ class Plan:
   """Bytes on device and host, bytes moved and least time of a decode step; nothing is run."""
 
   model: str = "llama-3.1-8b"
-  """llama-3.1-8b, qwen2.5-7b, mistral-7b, smollm2-135m, custom, a .gguf file or a Hugging Face
-  directory. Weights are not read. The options from --layers to --vocab replace its numbers."""
+  """llama-3.1-8b, qwen2.5-7b, mistral-7b, smollm2-135m, gemma-3-270m, custom, a .gguf file or a
+  Hugging Face directory. Weights are not read. The options from --layers to --vocab replace its
+  numbers."""
   layers: int = 0
   """Layers; 0 here and below leaves the model's own number."""
   heads: int = 0
@@ -225,8 +226,8 @@ class Methods:
   methods: str = "all"
   """KV methods, comma-separated, with options."""
   model: str = "llama-3.1-8b"
-  """llama-3.1-8b, qwen2.5-7b, mistral-7b, smollm2-135m, a .gguf file or a Hugging Face directory.
-  Weights are not read, nothing is allocated."""
+  """llama-3.1-8b, qwen2.5-7b, mistral-7b, smollm2-135m, gemma-3-270m, a .gguf file or a Hugging
+  Face directory. Weights are not read, nothing is allocated."""
   budget: str = "0.1"
   """Tokens kept or read, where a method takes a budget: 0.1 is a share of the context, which
   evicting methods keep; 2048 a number of tokens."""

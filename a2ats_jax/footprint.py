@@ -11,8 +11,9 @@ from rich.table import Table
 
 from a2ats_jax.budget import Budget
 from a2ats_jax.codebook import make_codebook
-from a2ats_jax.methods import registry
-from a2ats_jax.methods.base import Geometry, Method, needs_of
+from a2ats_jax.forward import geometry_of
+from a2ats_jax.methods import caches, registry
+from a2ats_jax.methods.base import Method, needs_of
 from a2ats_jax.methods.registry import MethodSpec
 from a2ats_jax.models.config import ModelConfig
 from a2ats_jax.store import KVStore
@@ -27,7 +28,8 @@ class Cost:
 
   Attributes:
     device, host: bytes that each further token of the prompt adds, all layers.
-    fixed: bytes on the device whatever the prompt's length, such as codebooks.
+    fixed: bytes on the device whatever the prompt's length, such as codebooks and the windows of
+      local layers.
     queries, sums: what the method asks of prefill, :class:`a2ats_jax.methods.base.Needs`.
   """
 
@@ -68,7 +70,7 @@ def cost_of(
 
   def shapes() -> None:
     """Runs under a trace, where arrays have shapes and no memory."""
-    lead, d = (config.layers, config.kv_heads), config.head_dim
+    lead, d = (config.global_layers, config.kv_heads), config.head_dim
     book = make_codebook(jnp.zeros((*lead, codewords, d)), jnp.zeros((*lead, d, d)))
     books = {registry.DEFAULT_BOOK: book}
     method = registry.build(spec, budget=budget, codebooks=books)
@@ -91,18 +93,8 @@ def cost_of(
 
 
 def _state_of(method: Method, config: ModelConfig, tokens: int, dtype: Any) -> Any:
-  return method.init(
-    Geometry(
-      batch=1,
-      layers=config.layers,
-      heads=config.heads,
-      kv_heads=config.kv_heads,
-      head_dim=config.head_dim,
-      prompt=tokens,
-      new=0,
-      dtype=dtype,
-    )
-  )
+  geometry = geometry_of(config, batch=1, prompt=tokens, new=0)
+  return caches.init(method, dataclasses.replace(geometry, dtype=dtype))
 
 
 def rows(
@@ -119,7 +111,7 @@ def rows(
   Args:
     model: its name, for the record.
   """
-  full = 2 * config.layers * config.kv_heads * config.head_dim * jnp.dtype(dtype).itemsize
+  full = 2 * config.global_layers * config.kv_heads * config.head_dim * jnp.dtype(dtype).itemsize
   found = []
   for spec in specs:
     cost = cost_of(spec, config, budget=budget, codewords=codewords, dtype=dtype)

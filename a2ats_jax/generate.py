@@ -10,30 +10,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from a2ats_jax.errors import UserError
-from a2ats_jax.methods.base import Geometry, Method, State
+from a2ats_jax.forward import geometry_of, hidden_step, layer_over_prompt
+from a2ats_jax.methods import caches
+from a2ats_jax.methods.base import Method, State
 from a2ats_jax.models.config import ModelConfig
 from a2ats_jax.models.decoder import Decoder
-from a2ats_jax.prompt import CHUNK, chunk_of, prefill_by_chunks
-from a2ats_jax.rope import make_rope
+from a2ats_jax.prompt import CHUNK, chunk_of
 from a2ats_jax.sampling import Sampling, sample
 from a2ats_jax.typing import Array, Bool, Float, Int, Key
 
 BLOCK = 16  # tokens made on the device between two looks at them
 
 Progress = Callable[[int, int], None]  # (done, of)
-
-
-def geometry_of(config: ModelConfig, *, batch: int, prompt: int, new: int) -> Geometry:
-  """The shape of a cache for a model."""
-  return Geometry(
-    batch=batch,
-    layers=config.layers,
-    heads=config.heads,
-    kv_heads=config.kv_heads,
-    head_dim=config.head_dim,
-    prompt=prompt,
-    new=new,
-  )
 
 
 def pad_prompts(
@@ -67,32 +55,6 @@ def pad_prompts(
   for row, prompt in zip(tokens, prompts):
     row[: len(prompt)] = prompt
   return tokens, lengths
-
-
-@partial(jax.jit, static_argnames="chunk", donate_argnames=("state", "x"))
-def _prefill_layer(
-  decoder: Decoder,
-  method: Method,
-  state: State,
-  x: Float[Array, "B T E"],
-  lengths: Int[Array, "B"],
-  layer: Int[Array, ""],
-  *,
-  chunk: int,
-) -> tuple[Float[Array, "B T E"], State]:
-  """One layer over a whole prompt: exact attention by chunks, then the method absorbs it."""
-  block = decoder.layer(layer)
-  return prefill_by_chunks(
-    method,
-    state,
-    x,
-    project=block.project,
-    finish=block.finish,
-    lengths=lengths,
-    rope=make_rope(decoder.config.rope),
-    layer=layer,
-    chunk=chunk,
-  )
 
 
 def committed[X](tree: X) -> X:
@@ -136,39 +98,20 @@ def prefill(
     Logits after each row's last token, and the state.
   """
   config = decoder.config
-  state = method.init(geometry_of(config, batch=len(tokens), prompt=tokens.shape[1], new=new))
-  x, state = committed((decoder.embed(jnp.asarray(tokens)), state))
+  geometry = geometry_of(config, batch=len(tokens), prompt=tokens.shape[1], new=new)
+  x, state = committed((decoder.embed(jnp.asarray(tokens)), caches.init(method, geometry)))
+  far, near = caches.split(state)
   rows = jnp.asarray(lengths)
   for layer in range(config.layers):
     index = jnp.asarray(layer, jnp.int32)
-    x, state = _prefill_layer(decoder, method, state, x, rows, index, chunk=CHUNK)
+    local = config.is_local(layer)
+    state = near if local else far
+    x, state = layer_over_prompt(decoder, method, state, x, rows, index, local=local, chunk=CHUNK)
+    far, near = (far, state) if local else (state, near)
     if progress is not None:
       x.block_until_ready()
       progress(layer + 1, config.layers)
-  return _last_logits(decoder, x, rows), state
-
-
-def hidden_step(
-  decoder: Decoder,
-  method: Method,
-  state: State,
-  tokens: Int[Array, "B S"],
-  positions: Int[Array, "B S"],
-) -> tuple[Float[Array, "B S E"], State, Any]:
-  """:func:`decode_step` up to the final hidden states, to be called inside a program."""
-  rope = make_rope(decoder.config.rope)
-
-  def layer_step(carry, scanned):
-    x, state = carry
-    block, layer = scanned
-    q, k, v = block.project(x)
-    out, state, stats = method.attend(state, q, k, v, positions=positions, rope=rope, layer=layer)
-    return (block.finish(x, out), state), stats
-
-  layers = jnp.arange(decoder.config.layers, dtype=jnp.int32)
-  carry = (decoder.embed(tokens), state)
-  (x, state), stats = jax.lax.scan(layer_step, carry, (decoder.layers, layers))
-  return x, state, stats
+  return _last_logits(decoder, x, rows), caches.join(far, near)
 
 
 @partial(jax.jit, donate_argnames="state")
@@ -186,7 +129,7 @@ def decode_step(
       token. The state has room for as many as its prefill was told (``new``): later ones are lost.
 
   Returns:
-    Logits, the new state, and the method's statistics with a leading layer axis.
+    Logits, the new state, and the method's statistics with a leading axis of global layers.
   """
   x, state, stats = hidden_step(decoder, method, state, tokens, positions)
   return decoder.logits(x), state, stats

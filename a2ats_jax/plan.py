@@ -6,8 +6,8 @@ keeps are exact; temporary memory follows what XLA's CPU backend allocates for t
 but for a float32 copy of the output head that it makes for a single row of bfloat16; the times are
 bounds from nominal rates, which no program beats and none reaches.
 
-A letter is a dimension as everywhere: B batch, L layers, H query heads, K KV heads, D head size,
-C codewords, P tokens a page.
+A letter is a dimension as everywhere: B batch, L layers (of a cache: the global ones), H query
+heads, K KV heads, D head size, C codewords, P tokens a page.
 """
 
 import dataclasses
@@ -33,6 +33,7 @@ F32 = I32 = 4  # bytes of a float32 and of an int32
 ITEM_BYTES: Mapping[str, int] = MappingProxyType({"bfloat16": 2, "float32": 4})
 MOST_ROWS = 1 << 20  # no larger batch is looked for
 MOST_TOKENS = 1 << 24
+WINDOWS = "windows of local layers"
 
 Parts = Mapping[str, int]  # bytes by what they hold
 
@@ -83,8 +84,8 @@ class Case:
 
   @property
   def kv_rows(self) -> int:
-    """L B K: how many keys (and values) a token adds, over all layers and rows."""
-    return self.config.layers * self.batch * self.config.kv_heads
+    """L B K: how many keys (and values) a token adds, over all global layers and rows."""
+    return self.config.global_layers * self.batch * self.config.kv_heads
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -169,7 +170,7 @@ def read_method(
 def weights(case: Case) -> dict[str, int]:
   """Bytes of the decoder's weights."""
   c, (attention, mlp) = case.config, _linear_numbers(case.config)
-  norms = (2 * c.width + 2 * c.head_dim * c.qk_norm) * c.layers + c.width
+  norms = (2 * (1 + c.post_norms) * c.width + 2 * c.head_dim * c.qk_norm) * c.layers + c.width
   table = c.vocab * c.width
   parts = {
     "embedding": table,
@@ -193,7 +194,17 @@ def full_state(case: Case) -> dict[str, int]:
   slots = case.prompt + case.new
   return {
     "keys and values": 2 * case.kv_rows * slots * case.config.head_dim * case.cache_size,
+    **local_state(case),
   }
+
+
+def local_state(case: Case) -> dict[str, int]:
+  """Bytes of the windows of local layers, where there are any."""
+  c = case.config
+  if c.local is None:
+    return {}
+  slots = c.local_layers * case.batch * c.kv_heads * c.local.window
+  return {WINDOWS: 2 * slots * c.head_dim * case.cache_size}
 
 
 def _whole(tokens: int, page: int) -> int:
@@ -240,13 +251,13 @@ def paged_state(case: Case, m: Paged) -> dict[str, int]:
     "value sums of codewords": m.codewords * (d + 1) * F32,
   }
   parts = {name: case.kv_rows * size for name, size in a_head.items()}
-  return parts | {"row tables": case.batch * (cuts + 1) * I32}
+  return parts | {"row tables": case.batch * (cuts + 1) * I32} | local_state(case)
 
 
 def codebooks(case: Case, m: Paged) -> int:
   """Bytes of the codebooks: codewords, whitener, and codewords whitened; one for all rows."""
   c = case.config
-  return c.layers * c.kv_heads * (2 * m.codewords + c.head_dim) * c.head_dim * F32
+  return c.global_layers * c.kv_heads * (2 * m.codewords + c.head_dim) * c.head_dim * F32
 
 
 # --- temporary memory -----------------------------------------------------------------------------
@@ -272,7 +283,7 @@ def paged_temporary(case: Case, m: Paged) -> int:
   """
   c, b = case.config, case.batch
   (early, _), _ = _linear_numbers(c)
-  encoding = codebooks(case, m) // c.layers + early * case.size
+  encoding = codebooks(case, m) // c.global_layers + early * case.size
   table = b * c.heads * _cells(case, m) * F32
   # The cut holds scores, their integer form, a mask and the result; the tail one more.
   if m.budget.per == "query_head":
@@ -282,7 +293,7 @@ def paged_temporary(case: Case, m: Paged) -> int:
   near = 2 * b * c.kv_heads * (m.sinks + _ring(m)) * c.head_dim * case.cache_size
   words = b * c.kv_heads * m.far.items(m.window, case.new) * c.head_dim * F32
   sums = b * c.kv_heads * m.codewords * c.head_dim * F32 if m.tail == "centroid" else 0
-  choosing = tables + near + words + sums + _unsorted(case, m) // c.layers
+  choosing = tables + near + words + sums + _unsorted(case, m) // c.global_layers
   tokens = _stage(case, m) * m.page
   buffer = b * c.kv_heads * _stage(case, m) * page_bytes(case, m)
   fetching = buffer + 2 * b * c.heads * tokens * F32 + table
@@ -413,6 +424,8 @@ def _linear(case: Case) -> tuple[dict[str, int], int]:
   rows = case.batch * c.width * case.size  # of the embedding table, where a head does not read it
   read = held["layers"] + (held["embedding"] if c.tied else held["output head"] + rows)
   flops = 2 * case.batch * (c.layers * (sum(attention) + mlp) + c.vocab * c.width)
+  if c.local is not None:
+    flops += 4 * c.local_layers * case.batch * c.heads * c.local.window * c.head_dim
   return {"weights": read}, flops
 
 
@@ -426,7 +439,7 @@ def _full(case: Case) -> Estimate:
     host=host,
     traffic=traffic | full_state(case),  # every slot is read, those still empty too
     moved=0,
-    flops=flops + 4 * c.layers * case.batch * c.heads * slots * c.head_dim,
+    flops=flops + 4 * c.global_layers * case.batch * c.heads * slots * c.head_dim,
     read=1.0,
   )
 
@@ -445,13 +458,14 @@ def _paged(case: Case, m: Paged) -> Estimate:
     + state["codes of later tokens"]
     + _unsorted(case, m)
     + case.kv_rows * far.moved * 2 * m.page * I32,
-    "score tables": 2 * c.layers * case.batch * c.heads * _cells(case, m) * F32,
+    "score tables": 2 * c.global_layers * case.batch * c.heads * _cells(case, m) * F32,
     "sinks and recent tokens": state["sinks and recent tokens"],
+    **local_state(case),
     "value sums of codewords": state["value sums of codewords"] if tail else 0,
     # Into the stage buffer and out of it; out of the device's own pages first, if they lie there.
     "fetched pages": (2 if m.host else 3) * fetched,
   }
-  heads = c.layers * case.batch * c.heads
+  heads = c.global_layers * case.batch * c.heads
   attended = far.moved * m.page + m.sinks + _ring(m)  # a fetched page is attended whole, masked
   flops += heads * (2 * _cells(case, m) * d + 4 * attended * d)
   flops += heads * 2 * m.codewords * d * tail

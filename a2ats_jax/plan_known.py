@@ -8,7 +8,8 @@ from types import MappingProxyType
 from typing import Any, Literal
 
 from a2ats_jax.errors import UserError
-from a2ats_jax.models.config import ModelConfig
+from a2ats_jax.models.config import LocalLayers, ModelConfig
+from a2ats_jax.models.gemma import LOCAL_THETA, PERIOD, gemma3_options
 from a2ats_jax.rope import RopeConfig
 
 GB, GIB = 1e9, 2.0**30
@@ -128,6 +129,23 @@ MODELS: Mapping[str, ModelConfig] = MappingProxyType(
       rope=RopeConfig(head_dim=64, theta=100000.0),
       tied=True,
     ),
+    "gemma-3-270m": ModelConfig(
+      architecture="gemma3",
+      vocab=262144,
+      layers=18,
+      heads=4,
+      kv_heads=1,
+      width=640,
+      mlp_width=2048,
+      context=32768,
+      rope=RopeConfig(head_dim=256, theta=1000000.0),
+      norm_eps=1e-6,
+      tied=True,
+      local=LocalLayers(
+        period=PERIOD, window=512, rope=RopeConfig(head_dim=256, theta=LOCAL_THETA)
+      ),
+      **gemma3_options(640, 256, 256.0),
+    ),
   }
 )
 
@@ -186,5 +204,8 @@ def find_model(where: str, **given: Any) -> ModelConfig:
       f"model: {where!r} is neither a known shape ({', '.join((*MODELS, CUSTOM))}) nor a GGUF file "
       "or model folder"
     )
-  rope = dataclasses.replace(config.rope, head_dim=given.pop("head_dim", config.head_dim))
-  return dataclasses.replace(config, rope=rope, **given)
+  size, local = given.pop("head_dim", config.head_dim), config.local
+  rope = dataclasses.replace(config.rope, head_dim=size)
+  if local is not None:
+    local = dataclasses.replace(local, rope=dataclasses.replace(local.rope, head_dim=size))
+  return dataclasses.replace(config, rope=rope, local=local, **given)

@@ -11,7 +11,16 @@ from rich.console import Console
 from rich.table import Table
 
 from a2ats_jax.methods import registry
-from a2ats_jax.plan import Case, Paged, chosen, estimate, largest_batch, prefill_bytes, shared
+from a2ats_jax.plan import (
+  WINDOWS,
+  Case,
+  Paged,
+  chosen,
+  estimate,
+  largest_batch,
+  prefill_bytes,
+  shared,
+)
 from a2ats_jax.plan_known import Chip
 
 # The parts of an estimate that a result row holds in one figure.
@@ -24,7 +33,7 @@ GROUPS: Mapping[str, tuple[str, ...]] = MappingProxyType(
       *("cell counts", "cell and rank of every slot", "page edges", "codes of later tokens"),
       "row tables",
     ),
-    "near": ("sinks and recent tokens",),
+    "near": ("sinks and recent tokens", WINDOWS),
     "sums": ("value sums of codewords",),
   }
 )

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from a2ats_jax.errors import UserError
+from a2ats_jax.forward import geometry_of, hidden_step
 from a2ats_jax.generate import (
   BLOCK,
   Block,
@@ -21,9 +22,7 @@ from a2ats_jax.generate import (
   begin,
   checked_streams,
   committed,
-  geometry_of,
   go_on,
-  hidden_step,
   pad_prompts,
   prefill,
 )

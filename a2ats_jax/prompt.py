@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from a2ats_jax import attention
 from a2ats_jax.errors import UserError
 from a2ats_jax.methods.base import Method, PromptLayer, State, needs_of
+from a2ats_jax.methods.sliding import Sliding
 from a2ats_jax.rope import Rope, rotate
 from a2ats_jax.typing import Array, Float, Int
 
@@ -38,6 +39,9 @@ def prefill_layer(
   layer: int | Array,
 ) -> tuple[Float[Array, "B T H D"], State]:
   """Exact causal attention of one layer over a prompt, and the state that has taken it in.
+
+  Under :class:`a2ats_jax.methods.sliding.Sliding` attention is over its window, at ``T window``
+  cost; under any other method over all tokens before.
 
   Works under ``jax.jit`` and inside a ``jax.lax.scan`` over layers. Position t lies in slot t.
 
@@ -96,6 +100,7 @@ def prefill_by_chunks[X](
   """
   b, t = jax.tree.leaves(x)[0].shape[:2]
   chunk, needs = chunk_of(t, chunk), needs_of(method)
+  window = method.window if isinstance(method, Sliding) else None
   width = chunk * -(-t // chunk)
   x = jax.tree.map(lambda a: _widen(a, width), x)
 
@@ -122,7 +127,7 @@ def prefill_by_chunks[X](
     values = jax.lax.dynamic_update_slice_in_dim(values, jnp.swapaxes(v, 1, 2), start, 2)
     keys = jax.lax.dynamic_update_slice_in_dim(keys, k, start, 1)
     q = rotate(q, positions, rope)
-    out = attention.causal_chunk(q, rotated, values, start)
+    out = attention.causal_chunk(q, rotated, values, start, window=window)
     x = jax.tree.map(
       lambda a, new: jax.lax.dynamic_update_slice_in_dim(a, new, start, 1),
       x,

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from a2ats_jax.generate import pad_prompts, prefill
-from a2ats_jax.methods import layer_budget
+from a2ats_jax.methods import caches, layer_budget
 from a2ats_jax.methods.base import Needs
 from a2ats_jax.methods.layer_budget import Curves
 from a2ats_jax.models.model import Model
@@ -48,7 +48,8 @@ def measure(
       progress("profile", place, len(prompts))
     tokens, lengths = pad_prompts([prompt], model.config, new=0)
     recorder, layers = Recorder(Needs(sums=True)), harness.layers_of(progress)
-    _, recorded = prefill(model.decoder, recorder, tokens, lengths, new=0, progress=layers)
+    _, state = prefill(model.decoder, recorder, tokens, lengths, new=0, progress=layers)
+    recorded, _ = caches.split(state)
     curves.append(layer_budget.curves_of(np.asarray(recorded.sums)[:, 0, :, : lengths[0]]))
   if progress is not None:
     progress("profile", len(prompts), len(prompts))

@@ -14,7 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from a2ats_jax.generate import Progress, geometry_of, prefill
+from a2ats_jax.methods import caches
 from a2ats_jax.methods.base import Geometry, Method, Needs, PromptLayer, State, needs_of
+from a2ats_jax.methods.dense import DenseCache
 from a2ats_jax.models.config import ModelConfig
 from a2ats_jax.models.decoder import Decoder
 from a2ats_jax.rope import Rope, make_rope, rotate
@@ -28,7 +30,7 @@ from a2ats_jax.typing import Array, Float, Int
 )
 @dataclasses.dataclass(frozen=True)
 class Recorded:
-  """Keys before rotary embedding and values of a prompt, every layer.
+  """Keys before rotary embedding and values of a prompt, every layer that is a method's.
 
   Attributes:
     lengths: tokens of each row; what lies behind them is padding.
@@ -42,17 +44,19 @@ class Recorded:
   sums: Float[Array, "L B H T"] | None = None
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["prompt", "logits"], meta_fields=[])
+@partial(jax.tree_util.register_dataclass, data_fields=["prompt", "near", "logits"], meta_fields=[])
 @dataclasses.dataclass(frozen=True)
 class Recording:
   """A prompt that went through the model once.
 
   Attributes:
     prompt: what every method absorbs.
+    near: windows of the model's local layers, None where it has none.
     logits: after each row's last token, exact for every method.
   """
 
   prompt: Recorded
+  near: DenseCache | None
   logits: Float[Array, "B V"]
 
 
@@ -131,8 +135,8 @@ def record(
     methods: what any of them needs beside keys and values is kept too.
   """
   needs = reduce(operator.or_, map(needs_of, methods), Needs())
-  logits, prompt = prefill(decoder, Recorder(needs), tokens, lengths, new=0, progress=progress)
-  return Recording(prompt, logits)
+  logits, state = prefill(decoder, Recorder(needs), tokens, lengths, new=0, progress=progress)
+  return Recording(*caches.split(state), logits)
 
 
 @partial(jax.jit, static_argnames="geometry")
@@ -163,4 +167,5 @@ def replay(config: ModelConfig, recording: Recording, method: Method, *, new: in
   """
   _, batch, width, _, _ = recording.prompt.keys.shape
   geometry = geometry_of(config, batch=batch, prompt=width, new=new)
-  return _replay(recording.prompt, method, make_rope(config.rope), geometry=geometry)
+  state = _replay(recording.prompt, method, make_rope(config.rope), geometry=geometry)
+  return caches.join(state, jax.tree.map(jnp.copy, recording.near))  # a step uses it up

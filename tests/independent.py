@@ -45,8 +45,11 @@ def encode(keys, codewords, metric):
   return np.array(codes, np.int64), np.array(margins)
 
 
-def causal_attention(q, k, v, inv_freq, scale=1.0):
-  """Naive causal attention of one row: ``q [T, H, D]``, ``k``, ``v`` ``[T, K, D]``."""
+def causal_attention(q, k, v, inv_freq, scale=1.0, window=None):
+  """Naive causal attention of one row: ``q [T, H, D]``, ``k``, ``v`` ``[T, K, D]``.
+
+  With a window, a query sees so many keys at most: its own and those just before it.
+  """
   tokens, heads, size = q.shape
   group = heads // k.shape[1]
   out = np.zeros((tokens, heads, size))
@@ -54,9 +57,10 @@ def causal_attention(q, k, v, inv_freq, scale=1.0):
     keys = [rotate(k[j, h // group], j, inv_freq, scale) for j in range(tokens)]
     for i in range(tokens):
       query = rotate(q[i, h], i, inv_freq, scale)
-      logits = np.array([query @ keys[j] for j in range(i + 1)]) / math.sqrt(size)
+      first = 0 if window is None else max(i + 1 - window, 0)
+      logits = np.array([query @ keys[j] for j in range(first, i + 1)]) / math.sqrt(size)
       weights = np.exp(logits - logits.max())
-      out[i, h] = weights @ np.asarray(v[: i + 1, h // group], np.float64) / weights.sum()
+      out[i, h] = weights @ np.asarray(v[first : i + 1, h // group], np.float64) / weights.sum()
   return out
 
 

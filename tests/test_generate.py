@@ -15,6 +15,7 @@ from a2ats_jax.budget import Budget
 from a2ats_jax.codebook import Codebook, make_codebook
 from a2ats_jax.errors import UserError
 from a2ats_jax.far import FarPosition
+from a2ats_jax.forward import layer_over_prompt
 from a2ats_jax.methods.a2ats import A2ATS
 from a2ats_jax.methods.a2ats_reference import A2ATSReference
 from a2ats_jax.methods.full import Full
@@ -551,7 +552,7 @@ def layer_program(method, length: int):
   lengths, layer = jnp.asarray([length], jnp.int32), jnp.asarray(0, jnp.int32)
 
   def run(state, x):
-    return generate._prefill_layer(decoder, method, state, x, lengths, layer, chunk=512)
+    return layer_over_prompt(decoder, method, state, x, lengths, layer, local=False, chunk=512)
 
   return run, state, x
 

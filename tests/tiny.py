@@ -6,7 +6,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from a2ats_jax.models.config import ModelConfig
+from a2ats_jax.models.config import LocalLayers, ModelConfig
 from a2ats_jax.models.decoder import Decoder
 from a2ats_jax.rope import RopeConfig, make_rope
 from tests import independent
@@ -26,6 +26,21 @@ FAMILIES = {
     "rope": RopeConfig(head_dim=16, theta=10000.0, **_YARN),
   },
   "qwen3": {"architecture": "qwen3", "qk_norm": True, "tied": True, "norm_eps": 1e-6},
+  # Local, local, global, twice, and one local layer more.
+  "gemma3": {
+    "architecture": "gemma3",
+    "layers": 7,
+    "heads": 2,
+    "kv_heads": 1,
+    "tied": True,
+    "qk_norm": True,
+    "post_norms": True,
+    "activation": "gelu_tanh",
+    "embedding_scale": 3.0,
+    "query_scale": 1.5,
+    "rope": RopeConfig(head_dim=16, theta=10000.0, scaling="linear", factor=2.0),
+    "local": LocalLayers(period=3, window=5, rope=RopeConfig(head_dim=16, theta=100.0)),
+  },
   "all biases": {"architecture": "llama", "qkv_bias": True, "out_bias": True, "mlp_bias": True},
 }
 
@@ -70,23 +85,35 @@ def _norm(x, scale, eps):
   return x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + eps) * scale
 
 
+def _gelu(x):
+  return 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
+
+
 def _linear(linear, layer, x):
-  y = x @ np.asarray(linear.kernel[...], np.float64)[layer]
-  return y if linear.bias is None else y + np.asarray(linear.bias[...], np.float64)[layer]
+  y = x @ np.asarray(linear.kernel[...][layer], np.float64)
+  return y if linear.bias is None else y + np.asarray(linear.bias[...][layer], np.float64)
 
 
 def forward(decoder: Decoder, tokens: list[int]) -> np.ndarray:
   """Logits ``[T, V]`` of one prompt in float64, every layer dense and causal."""
+  head = decoder.embedding if decoder.config.tied else decoder.head
+  return hidden(decoder, tokens) @ np.asarray(head[...], np.float64).T
+
+
+def hidden(decoder: Decoder, tokens: list[int], attend=independent.causal_attention) -> np.ndarray:
+  """What the output head is given, ``[T, E]``."""
   config, layers = decoder.config, decoder.layers
-  rope = make_rope(config.rope)
-  inv_freq, scale = np.asarray(rope.inv_freq), float(rope.scale)
 
   def scales(norm, layer):
     return np.asarray(norm.scale[...], np.float64)[layer]
 
-  embedding = np.asarray(decoder.embedding[...], np.float64)
-  x = embedding[tokens]
+  x = np.asarray(decoder.embedding[...][np.asarray(tokens)], np.float64) * config.embedding_scale
   for n in range(config.layers):
+    local = config.local
+    if local and (n + 1) % local.period == 0:
+      local = None  # this one is global
+    rope = make_rope(local.rope if local else config.rope)
+    inv_freq, scale = np.asarray(rope.inv_freq), float(rope.scale)
     y = _norm(x, scales(layers.attention_norm, n), config.norm_eps)
     q, k, v = (
       _linear(linear, n, y).reshape(len(tokens), -1, config.head_dim)
@@ -95,11 +122,18 @@ def forward(decoder: Decoder, tokens: list[int]) -> np.ndarray:
     if config.qk_norm:
       q = _norm(q, scales(layers.q_norm, n), config.norm_eps)
       k = _norm(k, scales(layers.k_norm, n), config.norm_eps)
-    attended = independent.causal_attention(q, k, v, inv_freq, scale)
-    x = x + _linear(layers.o, n, attended.reshape(len(tokens), -1))
+    attended = attend(
+      q * config.query_scale, k, v, inv_freq, scale, local.window if local else None
+    )
+    y = _linear(layers.o, n, attended.reshape(len(tokens), -1))
+    if config.post_norms:
+      y = _norm(y, scales(layers.attention_post_norm, n), config.norm_eps)
+    x = x + y
     y = _norm(x, scales(layers.mlp_norm, n), config.norm_eps)
     gate = _linear(layers.gate, n, y)
-    x = x + _linear(layers.down, n, gate / (1 + np.exp(-gate)) * _linear(layers.up, n, y))
-  x = _norm(x, np.asarray(decoder.norm.scale[...], np.float64), config.norm_eps)
-  head = embedding if config.tied else np.asarray(decoder.head[...], np.float64)
-  return x @ head.T
+    gate = _gelu(gate) if config.activation == "gelu_tanh" else gate / (1 + np.exp(-gate))
+    y = _linear(layers.down, n, gate * _linear(layers.up, n, y))
+    if config.post_norms:
+      y = _norm(y, scales(layers.mlp_post_norm, n), config.norm_eps)
+    x = x + y
+  return _norm(x, np.asarray(decoder.norm.scale[...], np.float64), config.norm_eps)

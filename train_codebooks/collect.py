@@ -37,7 +37,8 @@ class Collected:
   """What the calibration text looks like from inside the model.
 
   Attributes:
-    keys: before rotary embedding, ``[L, K, N, D]`` bfloat16, a memory-mapped file.
+    keys: before rotary embedding, ``[L, K, N, D]`` bfloat16, a memory-mapped file. Of a model with
+      local layers, L counts the global ones.
     query_square, query_sum: sums of ``q^T q`` and ``q`` before rotary embedding over the N tokens
       and G query heads of each KV head, ``[L, K, D, D]`` and ``[L, K, D]`` float64.
     key_square, key_sum: the same of the keys, over the N tokens.
@@ -57,14 +58,17 @@ class Collected:
     return self.keys.shape[2]
 
 
-@partial(jax.jit, static_argnames="chunk", donate_argnames="x")
+@partial(jax.jit, static_argnames=("local", "chunk"), donate_argnames="x")
 def _layer(
-  decoder: Decoder, x: Float[Array, "B T E"], layer: Int[Array, ""], *, chunk: int
+  decoder: Decoder, x: Float[Array, "B T E"], layer: Int[Array, ""], *, local: bool, chunk: int
 ) -> tuple[Float[Array, "B T E"], Float[Array, "B T H D"], Float[Array, "B T K D"]]:
   """One layer under exact causal attention: its output, and its queries and keys before rope."""
-  block, rope = decoder.layer(layer), make_rope(decoder.config.rope)
+  config, block = decoder.config, decoder.layer(layer)
+  span = config.local if local else None
+  rope = make_rope(config.rope if span is None else span.rope)
+  window = None if span is None else span.window
   b, t, _ = x.shape
-  cache = jnp.zeros((b, decoder.config.kv_heads, t, decoder.config.head_dim), x.dtype)
+  cache = jnp.zeros((b, config.kv_heads, t, config.head_dim), x.dtype)
 
   def step(carry, start):
     rotated, values = carry
@@ -74,7 +78,7 @@ def _layer(
     now = jnp.swapaxes(rotate(k, positions, rope), 1, 2)
     rotated = jax.lax.dynamic_update_slice_in_dim(rotated, now, start, 2)
     values = jax.lax.dynamic_update_slice_in_dim(values, jnp.swapaxes(v, 1, 2), start, 2)
-    out = attention.causal_chunk(rotate(q, positions, rope), rotated, values, start)
+    out = attention.causal_chunk(rotate(q, positions, rope), rotated, values, start, window=window)
     return (rotated, values), (block.finish(piece, out.astype(x.dtype)), q, k)
 
   starts = jnp.arange(0, t, chunk, dtype=jnp.int32)
@@ -134,13 +138,17 @@ def collect(
   """
   config = decoder.config
   _check(corpus, config.vocab, config.context)
-  shape = (config.layers, config.kv_heads, corpus.tokens, config.head_dim)
+  shape = (config.global_layers, config.kv_heads, corpus.tokens, config.head_dim)
   rows, width, chunk = _shape(corpus)
   state, done = _resume(directory, shape)
   keys = _open_keys(directory / KEYS, shape)
   start = sum(len(d) for d in corpus.documents[:done])
   if done:
     progress("collect", start, corpus.tokens)
+
+  def run(x: Array, layer: int) -> tuple[Array, Array, Array]:
+    return _layer(decoder, x, jnp.int32(layer), local=config.is_local(layer), chunk=chunk)
+
   saved = time.monotonic()
   while done < len(corpus.documents):
     batch = corpus.documents[done : done + rows]
@@ -150,13 +158,15 @@ def collect(
       row[: len(document)] = document
     valid = np.arange(width)[None, :] < np.asarray(lengths + [0] * (rows - len(lengths)))[:, None]
     end = start + sum(lengths)
-    x = decoder.embed(jnp.asarray(tokens))
-    pending = _layer(decoder, x, jnp.int32(0), chunk=chunk)
-    for layer in range(config.layers):
+    pending = run(decoder.embed(jnp.asarray(tokens)), 0)
+    layers = config.global_layers * config.period  # local ones after the last global are not run
+    for layer in range(layers):
       x, q, k = pending
-      if layer + 1 < config.layers:  # the device runs ahead while the host sums
-        pending = _layer(decoder, x, jnp.int32(layer + 1), chunk=chunk)
-      _absorb(state, keys[layer, :, start:end], layer, np.asarray(q)[valid], np.asarray(k)[valid])
+      if layer + 1 < layers:  # the device runs ahead while the host sums
+        pending = run(x, layer + 1)
+      if not config.is_local(layer):
+        own, q, k = layer // config.period, np.asarray(q)[valid], np.asarray(k)[valid]
+        _absorb(state, keys[own, :, start:end], own, q, k)
     start, done = end, done + len(batch)
     if time.monotonic() - saved >= save_seconds or done == len(corpus.documents):
       keys.flush()

@@ -57,7 +57,7 @@ def train(
     devices: to cut the heads over; all local ones by default.
 
   Returns:
-    The codebooks of all layers, as :func:`a2ats_jax.codebook.load_codebooks` reads them.
+    The codebooks of all global layers, as :func:`a2ats_jax.codebook.load_codebooks` reads them.
 
   Raises:
     UserError: fewer calibration tokens than codewords, text or keys that cannot be used, a
@@ -83,7 +83,9 @@ def train(
     lambda: collect(model.decoder, corpus, directory, progress=progress, save_seconds=save_seconds),
     options,
     directory,
-    owner=_Owner(model.fingerprint, model.config.layers, model.config.kv_heads, model.config.rope),
+    owner=_Owner(
+      model.fingerprint, model.config.global_layers, model.config.kv_heads, model.config.rope
+    ),
     source=source,
     progress=progress,
     save_seconds=save_seconds,

@@ -30,6 +30,8 @@ class Geometry:
     prompt: slots for prompt tokens, the longest row's (padded) length.
     new: tokens that may be appended to each row after its prompt.
     dtype: of cached keys and values.
+    local_layers: layers beside these L that see a window only and are not the method's.
+    window: tokens that those see.
   """
 
   batch: int
@@ -40,6 +42,8 @@ class Geometry:
   prompt: int
   new: int
   dtype: Any = jnp.float32
+  local_layers: int = 0
+  window: int = 0
 
   @property
   def capacity(self) -> int:

@@ -1,4 +1,4 @@
-"""The arrays of a method's state: what there are before one exists, and one row's made many."""
+"""The arrays of a model's cache: what there are before one exists, and one row's made many."""
 
 import dataclasses
 from typing import Any
@@ -7,6 +7,7 @@ import jax
 import numpy as np
 
 from a2ats_jax import store
+from a2ats_jax.methods import caches
 from a2ats_jax.methods.base import Geometry, Method, State
 from a2ats_jax.typing import Array
 
@@ -31,7 +32,7 @@ def layout(method: Method, geometry: Geometry) -> tuple[list[Leaf], Any]:
   seen: list[Any] = []
 
   def init() -> list[Array]:
-    state = method.init(geometry)
+    state = caches.init(method, geometry)
     paths, structure = jax.tree_util.tree_flatten_with_path(state)
     names = [jax.tree_util.keystr(path) for path, _ in paths]
     seen.extend((names, store.on_host(state), structure))

@@ -41,6 +41,9 @@ def expected_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
       shapes[f"{layer}.self_attn.q_norm.weight"] = (d,)
       shapes[f"{layer}.self_attn.k_norm.weight"] = (d,)
     shapes[f"{layer}.post_attention_layernorm.weight"] = (e,)
+    if config.post_norms:
+      shapes[f"{layer}.pre_feedforward_layernorm.weight"] = (e,)
+      shapes[f"{layer}.post_feedforward_layernorm.weight"] = (e,)
     linear(f"{layer}.mlp.gate_proj", m, e, config.mlp_bias)
     linear(f"{layer}.mlp.up_proj", m, e, config.mlp_bias)
     linear(f"{layer}.mlp.down_proj", e, m, config.mlp_bias)

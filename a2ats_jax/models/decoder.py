@@ -1,4 +1,4 @@
-"""A decoder-only language model in Flax NNX: Llama, Mistral, Qwen2, Qwen3 and SmolLM by options.
+"""A decoder-only language model in Flax NNX: Llama, Mistral, Qwen2/3, SmolLM, Gemma 3 by options.
 
 The parameters of all layers are stacked on a leading axis, so that one compiled layer serves every
 depth. A layer ends where keys, queries and values exist and begins again where attention is done:
@@ -58,11 +58,15 @@ class Layer(nnx.Module):
     self.o = Linear(n, h * d, e, config.out_bias, rngs=rngs)
     self.q_norm = Norm((n, d), config.norm_eps) if config.qk_norm else None
     self.k_norm = Norm((n, d), config.norm_eps) if config.qk_norm else None
+    self.attention_post_norm = Norm((n, e), config.norm_eps) if config.post_norms else None
     self.mlp_norm = Norm((n, e), config.norm_eps)
+    self.mlp_post_norm = Norm((n, e), config.norm_eps) if config.post_norms else None
     self.gate = Linear(n, e, config.mlp_width, config.mlp_bias, rngs=rngs)
     self.up = Linear(n, e, config.mlp_width, config.mlp_bias, rngs=rngs)
     self.down = Linear(n, config.mlp_width, e, config.mlp_bias, rngs=rngs)
     self.head_dim = d
+    self.query_scale = config.query_scale
+    self.activation = config.activation
 
   def project(
     self, x: Float[Array, "B S E"]
@@ -73,15 +77,21 @@ class Layer(nnx.Module):
     q, k, v = self.q(x).reshape(shape), self.k(x).reshape(shape), self.v(x).reshape(shape)
     if self.q_norm is not None and self.k_norm is not None:
       q, k = self.q_norm(q), self.k_norm(k)
+    if self.query_scale != 1.0:
+      q = q * self.query_scale
     return q, k, v
 
   def finish(
     self, x: Float[Array, "B S E"], attended: Float[Array, "B S H D"]
   ) -> Float[Array, "B S E"]:
     """Output projection and MLP, both residual."""
-    x = x + self.o(attended.reshape(*x.shape[:-1], -1))
+    y = self.o(attended.reshape(*x.shape[:-1], -1))
+    x = x + (y if self.attention_post_norm is None else self.attention_post_norm(y))
     y = self.mlp_norm(x)
-    return x + self.down(jax.nn.silu(self.gate(y)) * self.up(y))
+    gate = self.gate(y)
+    gate = jax.nn.silu(gate) if self.activation == "silu" else jax.nn.gelu(gate, approximate=True)
+    y = self.down(gate * self.up(y))
+    return x + (y if self.mlp_post_norm is None else self.mlp_post_norm(y))
 
 
 class Decoder(nnx.Module):
@@ -97,7 +107,8 @@ class Decoder(nnx.Module):
 
   def embed(self, tokens: Int[Array, "B S"]) -> Float[Array, "B S E"]:
     """Token embeddings."""
-    return self.embedding[...][tokens]
+    x = self.embedding[...][tokens]
+    return x if self.config.embedding_scale == 1.0 else x * self.config.embedding_scale
 
   def layer(self, index: int | Array) -> Layer:
     """One layer out of the stack; the index may be traced."""
@@ -126,6 +137,12 @@ _LAYER_NAMES = {
   for name in names
   for ours, theirs in (("kernel", "weight"), ("bias", "bias"))
 }
+# With norms on both sides of attention and MLP another one has the name of the MLP's.
+_POST_NORM_NAMES = _LAYER_NAMES | {
+  "attention_post_norm.scale": "post_attention_layernorm.weight",
+  "mlp_norm.scale": "pre_feedforward_layernorm.weight",
+  "mlp_post_norm.scale": "post_feedforward_layernorm.weight",
+}
 _TOP_NAMES = {
   "embedding": "model.embed_tokens.weight",
   "norm.scale": "model.norm.weight",
@@ -142,10 +159,11 @@ def from_tensors(config: ModelConfig, tensors: Mapping[str, np.ndarray]) -> Deco
   decoder = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
   graph, abstract = nnx.split(decoder)
   flat = dict(nnx.to_flat_state(abstract))
+  names = _POST_NORM_NAMES if config.post_norms else _LAYER_NAMES
   for path, leaf in flat.items():
     ours = ".".join(map(str, path))
     if path[0] == "layers":
-      name = _LAYER_NAMES[ours.removeprefix("layers.")]
+      name = names[ours.removeprefix("layers.")]
       stacked = np.empty(leaf.shape, np.float32)
       for i in range(config.layers):
         tensor = tensors[f"model.layers.{i}.{name}"]

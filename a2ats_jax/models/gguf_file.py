@@ -12,12 +12,13 @@ import numpy as np
 
 from a2ats_jax.errors import UserError
 from a2ats_jax.models.checkpoint import Checkpoint, StoredTensor, StoredTensors
-from a2ats_jax.models.config import ModelConfig
+from a2ats_jax.models.config import LocalLayers, ModelConfig
+from a2ats_jax.models.gemma import LOCAL_THETA, PERIOD, gemma3_options
 from a2ats_jax.models.gguf_header import GgufTensor, read_header
 from a2ats_jax.models.tokenizer_gguf import tokenizer_from_gguf
 from a2ats_jax.rope import RopeConfig, make_rope
 
-ARCHITECTURES = ("llama", "qwen2", "qwen3")
+ARCHITECTURES = ("llama", "qwen2", "qwen3", "gemma3")
 _GLOBAL_NAMES = {
   "token_embd.weight": "model.embed_tokens.weight",
   "output_norm.weight": "model.norm.weight",
@@ -36,6 +37,11 @@ _LAYER_NAMES = {
   "ffn_up": "mlp.up_proj",
   "ffn_down": "mlp.down_proj",
 }
+_POST_NORM_NAMES = _LAYER_NAMES | {
+  "post_attention_norm": "post_attention_layernorm",
+  "ffn_norm": "pre_feedforward_layernorm",
+  "post_ffw_norm": "post_feedforward_layernorm",
+}
 
 
 def read_gguf(path: str | Path) -> Checkpoint:
@@ -53,8 +59,9 @@ def read_gguf(path: str | Path) -> Checkpoint:
   config = _config(metadata, tensors, source)
   tensors.pop("rope_freqs.weight", None)
   stored = {}
+  names = _POST_NORM_NAMES if config.post_norms else _LAYER_NAMES
   for name, tensor in tensors.items():
-    target = _hugging_face_name(name)
+    target = _hugging_face_name(name, names)
     load = tensor.read
     if config.architecture == "llama" and ".self_attn." in target:
       heads = {"q_proj": config.heads, "k_proj": config.kv_heads}.get(target.split(".")[-2])
@@ -69,11 +76,11 @@ def read_gguf(path: str | Path) -> Checkpoint:
   )
 
 
-def _hugging_face_name(name: str) -> str:
+def _hugging_face_name(name: str, names: Mapping[str, str]) -> str:
   if layer := re.fullmatch(r"blk\.(\d+)\.(\w+)\.(weight|bias)", name):
     index, part, role = layer.groups()
-    if part in _LAYER_NAMES:
-      return f"model.layers.{index}.{_LAYER_NAMES[part]}.{role}"
+    if part in names:
+      return f"model.layers.{index}.{names[part]}.{role}"
   return _GLOBAL_NAMES.get(name, name)
 
 
@@ -117,7 +124,8 @@ def _config(
     get("embedding_length", int),
     get("context_length", int),
   )
-  if 0 < get("attention.sliding_window", int, 0) < context:
+  window = get("attention.sliding_window", int, 0)
+  if arch != "gemma3" and 0 < window < context:
     raise UserError(f"{source}: sliding-window attention is not supported")
   head_dim = get("attention.key_length", int, width // max(heads, 1))
   for key in ("attention.value_length", "rope.dimension_count"):
@@ -150,10 +158,24 @@ def _config(
   embedding = tensors.get("token_embd.weight")
   if embedding is None:
     raise UserError(f"{source}: tensor 'token_embd.weight' is missing")
+  layers, local = get("block_count", int), None
+  options: dict[str, Any] = {"qk_norm": arch == "qwen3"}
+  if arch == "gemma3":
+    if any(get(f"{name}_logit_softcapping", float, 0.0) for name in ("attn", "final")):
+      raise UserError(f"{source}: soft-capped logits are not supported")
+    # The file does not say it: the model of 62 layers, 27B, scales by width and not by head size.
+    scalar = width / heads if layers == 62 else float(head_dim)
+    options = gemma3_options(width, head_dim, scalar)
+    if window:
+      local = LocalLayers(
+        period=get("attention.sliding_window_pattern", int, PERIOD),
+        window=window,
+        rope=RopeConfig(head_dim=head_dim, theta=decimal("rope.freq_base_swa", LOCAL_THETA)),
+      )
   return ModelConfig(
     architecture=arch,
     vocab=embedding.shape[0],
-    layers=get("block_count", int),
+    layers=layers,
     heads=heads,
     kv_heads=get("attention.head_count_kv", int, heads),
     width=width,
@@ -164,8 +186,9 @@ def _config(
     qkv_bias="blk.0.attn_q.bias" in tensors,
     out_bias="blk.0.attn_output.bias" in tensors,
     mlp_bias="blk.0.ffn_gate.bias" in tensors,
-    qk_norm=arch == "qwen3",
     tied="output.weight" not in tensors,
+    local=local,
+    **options,
   )
 
 

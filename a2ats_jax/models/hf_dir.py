@@ -15,11 +15,12 @@ from safetensors import SafetensorError, safe_open
 
 from a2ats_jax.errors import UserError
 from a2ats_jax.models.checkpoint import Checkpoint, StoredTensor, StoredTensors
-from a2ats_jax.models.config import ModelConfig
+from a2ats_jax.models.config import LocalLayers, ModelConfig
+from a2ats_jax.models.gemma import LOCAL_THETA, PERIOD, gemma3_options
 from a2ats_jax.models.tokenizer import Tokenizer
 from a2ats_jax.rope import RopeConfig
 
-ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
+ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text")
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 # What a hub id brings down; nothing else of the repository is needed.
 HUB_FILES = (
@@ -49,12 +50,21 @@ def read_hf_dir(path: str | Path) -> Checkpoint:
   stored = _stored(path)
   if config.tied:
     stored.pop("lm_head.weight", None)  # some exports write the shared table twice
+  if raw.values["model_type"] == "gemma3_text":
+    stored = {
+      name: _shifted(x) if name.endswith("norm.weight") else x for name, x in stored.items()
+    }
   return Checkpoint(
     config=config,
     tensors=StoredTensors(config, stored, source),
     tokenizer=_tokenizer(path, raw),
     source=source,
   )
+
+
+def _shifted(norm: StoredTensor) -> StoredTensor:
+  """Gemma's folders hold the weights of norms less 1."""
+  return StoredTensor(norm.shape, lambda: norm.load() + 1)
 
 
 def is_hub_id(name: str) -> bool:
@@ -125,16 +135,24 @@ def _config(raw: _Json) -> ModelConfig:
   if kind not in ARCHITECTURES:
     known = ", ".join(ARCHITECTURES)
     raise UserError(f"{raw.path}: model_type {kind!r} is not supported; supported: {known}")
-  if (act := raw.get("hidden_act", str, "silu")) != "silu":
-    raise UserError(f"{raw.path}: hidden_act {act!r} is not supported; supported: silu")
+  gemma = kind == "gemma3_text"
+  key, known = ("hidden_activation", "gelu_pytorch_tanh") if gemma else ("hidden_act", "silu")
+  if (act := raw.get(key, str, known)) != known:
+    raise UserError(f"{raw.path}: {key} {act!r} is not supported; supported: {known}")
   if raw.values.get("quantization_config") is not None:
     raise UserError(f"{raw.path}: quantization_config is not supported; use float weights or GGUF")
   heads, width = raw.get("num_attention_heads", int), raw.get("hidden_size", int)
   context = raw.get("max_position_embeddings", int)
   layers = raw.get("num_hidden_layers", int)
-  _refuse_sliding(raw, kind, layers, context)
-  bias = raw.get("attention_bias", bool, False) if kind in ("llama", "qwen3") else False
+  biased = ("llama", "qwen3", "gemma3_text")
+  bias = raw.get("attention_bias", bool, False) if kind in biased else False
   head_dim = raw.get("head_dim", int, width // max(heads, 1))
+  options: dict[str, Any]
+  if gemma:
+    options = _gemma(raw, width, head_dim, context, layers)
+  else:
+    _refuse_sliding(raw, kind, layers, context)
+    options = {"qk_norm": kind == "qwen3", "rope": _rope(raw, head_dim, context)}
   return ModelConfig(
     architecture=kind,
     vocab=raw.get("vocab_size", int),
@@ -144,14 +162,53 @@ def _config(raw: _Json) -> ModelConfig:
     width=width,
     mlp_width=raw.get("intermediate_size", int),
     context=context,
-    rope=_rope(raw, head_dim, context),
     norm_eps=raw.get("rms_norm_eps", float, 1e-6),
     qkv_bias=bias or kind == "qwen2",
     out_bias=bias,
     mlp_bias=kind == "llama" and raw.get("mlp_bias", bool, False),
-    qk_norm=kind == "qwen3",
-    tied=raw.get("tie_word_embeddings", bool, False),
+    tied=raw.get("tie_word_embeddings", bool, gemma),
+    **options,
   )
+
+
+def _gemma(raw: _Json, width: int, head_dim: int, context: int, layers: int) -> dict[str, Any]:
+  """What Gemma 3 says beside the others."""
+  for key in ("attn_logit_softcapping", "final_logit_softcapping", "use_bidirectional_attention"):
+    if raw.values.get(key):
+      raise UserError(f"{raw.path}: {key} is not supported")
+  both = raw.get("rope_parameters", dict, {})
+  if "full_attention" in both:
+    far, near = (
+      raw.get("full_attention", dict, {}, both),
+      raw.get("sliding_attention", dict, {}, both),
+    )
+    theta = raw.get("rope_theta", float, LOCAL_THETA, near)
+    if (scaling := near.get("rope_type", "default")) != "default":
+      raise UserError(f"{raw.path}: rope type {scaling!r} of local layers is not supported")
+  else:
+    far, theta = None, raw.get("rope_local_base_freq", float, LOCAL_THETA)
+  options = gemma3_options(width, head_dim, raw.get("query_pre_attn_scalar", float, 256.0))
+  options["rope"] = _rope(raw, head_dim, context, far, theta=1e6)
+  if (period := _period(raw, layers)) > 1:
+    local = RopeConfig(head_dim=head_dim, theta=theta)
+    options["local"] = LocalLayers(period=period, window=raw.get("sliding_window", int), rope=local)
+  return options
+
+
+def _period(raw: _Json, layers: int) -> int:
+  """Of so many layers in a row the last is global."""
+  kinds = raw.get("layer_types", list, [])
+  if not kinds:
+    own = raw.get("_sliding_window_pattern", int, PERIOD)  # as newer exports call it
+    return raw.get("sliding_window_pattern", int, own)
+  named = {True: "sliding_attention", False: "full_attention"}
+  period = kinds.index(named[False]) + 1 if named[False] in kinds else layers + 1
+  if kinds != [named[(i + 1) % period != 0] for i in range(layers)]:
+    raise UserError(
+      f"{raw.path}: layer_types must be one {named[False]} after every so many "
+      f"{named[True]}, {layers} in all, got {kinds}"
+    )
+  return period
 
 
 def _refuse_sliding(raw: _Json, kind: str, layers: int, context: int) -> None:
@@ -168,9 +225,23 @@ def _refuse_sliding(raw: _Json, kind: str, layers: int, context: int) -> None:
     )
 
 
-def _rope(raw: _Json, head_dim: int, context: int) -> RopeConfig:
-  """Rotary options under the older keys (``rope_theta``, ``rope_scaling``) or the newer one."""
-  values = raw.get("rope_parameters", dict, {}) or raw.get("rope_scaling", dict, {})
+def _rope(
+  raw: _Json,
+  head_dim: int,
+  context: int,
+  nested: Mapping[str, Any] | None = None,
+  *,
+  theta: float = 10000.0,
+) -> RopeConfig:
+  """Rotary options under the older keys (``rope_theta``, ``rope_scaling``) or the newer one.
+
+  Args:
+    nested: options in place of those.
+    theta: where the file names none.
+  """
+  values = nested
+  if values is None:
+    values = raw.get("rope_parameters", dict, {}) or raw.get("rope_scaling", dict, {})
 
   def number(key: str, default: float | None = None) -> float:
     return raw.get(key, float, default, values)
@@ -187,7 +258,7 @@ def _rope(raw: _Json, head_dim: int, context: int) -> RopeConfig:
       raise UserError(f"{raw.path}: the rope option {key!r} is not supported")
   if number("partial_rotary_factor", raw.get("partial_rotary_factor", float, 1.0)) != 1.0:
     raise UserError(f"{raw.path}: partial_rotary_factor is not supported")
-  theta = number("rope_theta", raw.get("rope_theta", float, 10000.0))
+  theta = number("rope_theta", raw.get("rope_theta", float, theta))
   if kind == "linear":
     return RopeConfig(head_dim=head_dim, theta=theta, scaling="linear", factor=number("factor"))
   if kind == "llama3":

@@ -42,7 +42,7 @@ class Model:
     return load_codebooks(
       Path(directory),
       fingerprint=self.fingerprint,
-      layers=self.config.layers,
+      layers=self.config.global_layers,
       kv_heads=self.config.kv_heads,
       rope=self.config.rope,
     )
@@ -50,7 +50,9 @@ class Model:
 
 def fingerprint_of(config: ModelConfig, decoder: Decoder) -> str:
   """Identity of a model: heads, rotary embedding and every weight."""
-  shape = [config.layers, config.heads, config.kv_heads, dataclasses.asdict(config.rope)]
+  shape: list[Any] = [config.layers, config.heads, config.kv_heads, dataclasses.asdict(config.rope)]
+  if config.local is not None:
+    shape.append(dataclasses.asdict(config.local))
   digest = hashlib.sha256(json.dumps(shape, sort_keys=True).encode())
   for leaf in jax.tree.leaves(decoder):
     digest.update(np.ascontiguousarray(leaf, np.float32))

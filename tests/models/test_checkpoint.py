@@ -20,6 +20,7 @@ CONFIGS = [
   tiny_config("llama", tied=True, qkv_bias=True, out_bias=True, mlp_bias=True),
   tiny_config("qwen2"),
   tiny_config("qwen3", layers=1),
+  tiny_config("gemma3"),
 ]
 
 

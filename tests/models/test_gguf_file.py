@@ -39,7 +39,12 @@ def test_config_of_the_real_model(smollm2):
     "out_bias": False,
     "mlp_bias": False,
     "qk_norm": False,
+    "post_norms": False,
+    "activation": "silu",
+    "embedding_scale": 1.0,
+    "query_scale": 1.0,
     "tied": True,
+    "local": None,
   }
 
 
@@ -236,9 +241,11 @@ def write(tmp_path):
   return write
 
 
-@pytest.mark.parametrize("arch", ["gemma3", "smollm3", "llama4", "mamba"])
+@pytest.mark.parametrize("arch", ["gemma2", "smollm3", "llama4", "mamba"])
 def test_other_architectures_are_refused_by_name(write, arch):
-  with pytest.raises(UserError, match="is not supported; supported: llama, qwen2, qwen3") as error:
+  with pytest.raises(
+    UserError, match="is not supported; supported: llama, qwen2, qwen3, gemma3"
+  ) as error:
     read_gguf(write(general__architecture=arch))
   assert f"architecture '{arch}'" in one_line(error)
 

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from a2ats_jax import generate
+from a2ats_jax.forward import layer_over_prompt
 from a2ats_jax.methods.full import Full
 from a2ats_jax.models.model import Model, load_model
 
@@ -81,7 +82,7 @@ def test_key_projections(model, golden, golden_arrays, index):
   state = Full().init(generate.geometry_of(model.config, batch=1, prompt=16, new=0))
   for layer in range(index):
     number, lengths = jnp.asarray(layer, jnp.int32), jnp.asarray([16], jnp.int32)
-    x, state = generate._prefill_layer(decoder, Full(), state, x, lengths, number, chunk=16)
+    x, state = layer_over_prompt(decoder, Full(), state, x, lengths, number, local=False, chunk=16)
   _, keys, _ = decoder.layer(index).project(x)
   got = np.asarray(keys).reshape(16, -1)
   np.testing.assert_allclose(got, golden_arrays[f"k_proj_{index}"], atol=TOLERANCE, rtol=0)

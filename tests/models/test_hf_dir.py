@@ -210,7 +210,7 @@ def test_a_window_not_in_use_is_not(write, family, changes):
 @pytest.mark.parametrize(
   ("changes", "message"),
   [
-    ({"model_type": "gemma3_text"}, "model_type 'gemma3_text' is not supported; supported: llama"),
+    ({"model_type": "gemma3"}, "model_type 'gemma3' is not supported; supported: llama"),
     ({"model_type": None}, "model_type None is not supported"),
     ({"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported"),
     ({"quantization_config": {"bits": 4}}, "quantization_config is not supported"),

@@ -10,7 +10,7 @@ import safetensors.numpy
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
-from a2ats_jax.models.config import ModelConfig
+from a2ats_jax.models.config import LocalLayers, ModelConfig
 from a2ats_jax.rope import RopeConfig
 
 SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
@@ -44,8 +44,19 @@ def tiny_config(architecture: str = "llama", **changes) -> ModelConfig:
     "rope": RopeConfig(head_dim=8),
     "norm_eps": 1e-5,
     "qkv_bias": architecture == "qwen2",
-    "qk_norm": architecture == "qwen3",
+    "qk_norm": architecture in ("qwen3", "gemma3", "gemma3_text"),
   }
+  if architecture in ("gemma3", "gemma3_text"):
+    options |= {
+      "layers": 4,
+      "norm_eps": 1e-6,
+      "post_norms": True,
+      "activation": "gelu_tanh",
+      "embedding_scale": 32**0.5,
+      "tied": True,
+      "rope": RopeConfig(head_dim=8, theta=1e6, scaling="linear", factor=8.0),
+      "local": LocalLayers(period=3, window=16, rope=RopeConfig(head_dim=8, theta=500.0)),
+    }
   return ModelConfig(**{**options, **changes})
 
 
@@ -72,6 +83,8 @@ def tiny_tensors(config: ModelConfig, seed: int = 0) -> dict[str, np.ndarray]:
       if bias:
         shapes[f"model.layers.{i}.{name}.bias"] = (out,)
     norms = {"input_layernorm": e, "post_attention_layernorm": e}
+    if config.post_norms:
+      norms |= {"pre_feedforward_layernorm": e, "post_feedforward_layernorm": e}
     if config.qk_norm:
       norms |= {"self_attn.q_norm": d, "self_attn.k_norm": d}
     for name, size in norms.items():
@@ -102,6 +115,13 @@ def gguf_name(name: str) -> str:
   for hugging_face, llama_cpp in _GGUF_NAMES:
     name = name.replace(hugging_face, llama_cpp)
   return name
+
+
+_GEMMA_NAMES = (
+  ("post_attention_layernorm", "post_attention_norm"),
+  ("pre_feedforward_layernorm", "ffn_norm"),
+  ("post_feedforward_layernorm", "post_ffw_norm"),
+)
 
 
 def interleaved(rows: np.ndarray, heads: int) -> np.ndarray:
@@ -149,6 +169,14 @@ def write_gguf(
     "tokenizer.ggml.bos_token_id": 1,
     "tokenizer.ggml.eos_token_id": 2,
   }
+  if config.local is not None:
+    values |= {
+      f"{arch}.attention.sliding_window": config.local.window,
+      f"{arch}.attention.sliding_window_pattern": config.local.period,
+      f"{arch}.rope.freq_base_swa": config.local.rope.theta,
+      f"{arch}.rope.scaling.type": config.rope.scaling,
+      f"{arch}.rope.scaling.factor": config.rope.factor,
+    }
   values |= metadata or {}
   writer = gguf.GGUFWriter(path, str(values.pop("general.architecture", arch)))
   for key, value in values.items():
@@ -165,6 +193,8 @@ def write_gguf(
   for name, array in tensors.items():
     if arch == "llama" and (".q_proj." in name or ".k_proj." in name):
       array = interleaved(array, config.heads if ".q_proj." in name else config.kv_heads)
+    for hugging_face, llama_cpp in _GEMMA_NAMES if config.post_norms else ():
+      name = name.replace(hugging_face, llama_cpp)
     writer.add_tensor(gguf_name(name), array)
   for name, array in (extra or {}).items():
     writer.add_tensor(name, array)
@@ -199,6 +229,19 @@ def write_hf(
     "rope_theta": config.rope.theta,
     "tie_word_embeddings": config.tied,
   }
+  if config.local is not None:
+    values |= {
+      "hidden_activation": "gelu_pytorch_tanh",
+      "query_pre_attn_scalar": config.head_dim,
+      "sliding_window": config.local.window,
+      "sliding_window_pattern": config.local.period,
+      "rope_local_base_freq": config.local.rope.theta,
+      "rope_scaling": {"rope_type": config.rope.scaling, "factor": config.rope.factor},
+    }
+    # Gemma's folders hold the weights of norms less 1.
+    tensors = {
+      name: array - 1 if name.endswith("norm.weight") else array for name, array in tensors.items()
+    }
   values |= changes or {}
   kept = {key: value for key, value in values.items() if value is not None}
   (path / "config.json").write_text(json.dumps(kept))
