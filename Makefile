@@ -5,7 +5,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test check accuracy aot
+.PHONY: demo test check accuracy aot zoo
 
 demo: $(READY)
 	$(BIN)/a2ats demo
@@ -27,6 +27,17 @@ aot: .venv-aot/.ready
 .venv-aot/.ready: pyproject.toml
 	$(PYTHON) -m venv .venv-aot
 	.venv-aot/bin/python -m pip install --quiet --editable '.[aot]'
+	@touch $@
+
+# Models of other packages under the methods. Builds .venv-zoo (3.3 GB) with them; uv, since pip takes far longer to resolve them.
+zoo: .venv-zoo/.ready
+	.venv-zoo/bin/python -m pytest tests/adapters
+
+.venv-zoo/.ready: pyproject.toml
+	$(PYTHON) -m venv .venv-zoo
+	.venv-zoo/bin/python -m pip install --quiet uv
+	.venv-zoo/bin/uv pip install --quiet --python .venv-zoo/bin/python --editable '.[tunix,gemma,transformers]' \
+	  pytest pytest-timeout hypothesis beartype
 	@touch $@
 
 # The tables of docs/accuracy.md (hours on two cores; resumes where it was stopped).
