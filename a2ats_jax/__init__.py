@@ -16,6 +16,7 @@ from a2ats_jax.prefix_file import load_prefix, save_prefix
 from a2ats_jax.prompt import prefill_by_chunks, prefill_layer
 from a2ats_jax.rope import Rope, RopeConfig, make_rope, rotate, windowed_logits
 from a2ats_jax.sampling import Sampling
+from a2ats_jax.sequence import OverSequence
 
 __all__ = [
   "A2ATS",
@@ -28,6 +29,7 @@ __all__ = [
   "Method",
   "Model",
   "Oracle",
+  "OverSequence",
   "Prefix",
   "PromptLayer",
   "Rope",

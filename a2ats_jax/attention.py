@@ -106,6 +106,17 @@ def merge(parts: Sequence[Part]) -> Part:
   return Part(out, peak, total)
 
 
+def merge_across(part: Part, axis: str) -> Part:
+  """:func:`merge` of the parts of all devices along a mesh axis, inside ``shard_map``.
+
+  Exchanges ``B S H (D + 2)`` float32 numbers, whatever was attended.
+  """
+  peak = jax.lax.pmax(part.peak, axis)
+  scale = jnp.exp(part.peak - jnp.where(jnp.isfinite(peak), peak, 0.0))
+  out, total = jax.lax.psum((part.out * scale[..., None], part.total * scale), axis)
+  return Part(out, peak, total)
+
+
 def finish(part: Part) -> Float[Array, "B S H D"]:
   """The normalised output; zero where no key was attended."""
   return (

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from a2ats_jax.errors import UserError
 from a2ats_jax.forward import geometry_of, hidden_step, layer_over_prompt
@@ -58,13 +59,18 @@ def pad_prompts(
 
 
 def committed[X](tree: X) -> X:
-  """Arrays bound to the memory they are in; nothing is copied.
+  """Arrays bound to the memory they are in; where some lie on a mesh, the others go to all of it.
 
   A program with one argument that is bound to a memory space binds all that it returns. Bound from
-  the start, its results go into the same program again.
+  the start, its results go into the same program again. Without a mesh nothing is copied.
   """
   leaves, structure = jax.tree.flatten(tree)
-  return jax.tree.unflatten(structure, jax.device_put(leaves, [x.sharding for x in leaves]))
+  places = [x.sharding for x in leaves]
+  meshes = [place.mesh for place in places if isinstance(place, NamedSharding)]
+  if meshes:
+    every = NamedSharding(meshes[0], PartitionSpec())
+    places = [place if isinstance(place, NamedSharding) else every for place in places]
+  return jax.tree.unflatten(structure, jax.device_put(leaves, places))
 
 
 @jax.jit

@@ -18,14 +18,16 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
+from a2ats_jax.split import WHOLE, Split
 from a2ats_jax.typing import Array, Bool, Float, Int
 
+NEVER = 2**31 - 1  # a rank that no token has
 _FIRST = 12  # halvings before it is worth asking how many cells are left
 
 
 @partial(
   jax.tree_util.register_dataclass,
-  data_fields=["counts", "cells", "ranks", "first", "skip", "last"],
+  data_fields=["counts", "cells", "ranks", "first", "skip", "last", "begun"],
   meta_fields=[],
 )
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +37,8 @@ class CodeIndex:
   Invariants: ``counts[c]`` is the number of slots with cell c, and their ranks are 0, 1, ... in the
   order of the tokens' positions. An empty slot has the cell after the last. The first pages, those
   that ``first``, ``skip`` and ``last`` describe, are sorted by (cell, rank), empty slots last.
+  Of a sequence that is split over devices, counts and ranks are of the tokens of all devices and
+  the slots those of this one: so each device cuts alike, and reads what it holds of the cut.
 
   Attributes:
     counts: tokens of every cell.
@@ -42,6 +46,8 @@ class CodeIndex:
     ranks: its place among the tokens of its cell.
     first, skip, last: of every sorted page, the cell and the rank of its first slot, and the cell
       of its last one. No page is sorted in order of arrival.
+    begun: of a split sequence, the rank of the first token of every cell in the sorted pages of
+      this device, and a rank that no token has for a cell without any. Without elements otherwise.
   """
 
   counts: Int[Array, "*L B K cells"]
@@ -50,13 +56,21 @@ class CodeIndex:
   first: Int[Array, "*L B K sorted"]
   skip: Int[Array, "*L B K sorted"]
   last: Int[Array, "*L B K sorted"]
+  begun: Int[Array, "*L B K begun"]
 
 
 Order = Literal["cell", "arrival"]
 
 
 def empty(
-  lead: tuple[int, ...], *, count: int, slots: int, page: int, prompt: int, order: Order
+  lead: tuple[int, ...],
+  *,
+  count: int,
+  slots: int,
+  page: int,
+  prompt: int,
+  order: Order,
+  split: Split = WHOLE,
 ) -> CodeIndex:
   """An index that holds no token.
 
@@ -66,6 +80,7 @@ def empty(
     slots: of tokens, a multiple of ``page``.
     page: P, slots a page.
     prompt: the first slots, a multiple of ``page`` too, which :func:`build` fills in ``order``.
+    split: how the sequence lies on devices; slots are those of one.
   """
   pages = (*lead, prompt // page if order == "cell" else 0)
   every = (*lead, slots // page, page)
@@ -76,6 +91,7 @@ def empty(
     first=jnp.full(pages, count, jnp.int32),
     skip=jnp.zeros(pages, jnp.int32),
     last=jnp.full(pages, count, jnp.int32),
+    begun=jnp.full((*lead, 0 if split.axis is None else count), NEVER, jnp.int32),
   )
 
 
@@ -87,8 +103,9 @@ def build(
   slots: int,
   page: int,
   order: Order = "cell",
+  split: Split = WHOLE,
 ) -> tuple[CodeIndex, Int[Array, "B K T"]]:
-  """Index a prompt.
+  """Index a prompt, or this device's range of it.
 
   Args:
     cells: of every token, 0 .. ``count`` - 1.
@@ -97,6 +114,7 @@ def build(
     slots: room for the prompt, whole pages, and for tokens appended later.
     page: P, slots a page.
     order: ``cell`` puts a cell's tokens side by side, ``arrival`` keeps tokens by position.
+    split: how the prompt lies on devices.
 
   Returns:
     The index, and for every slot up to T the token that belongs there; slots after a row's
@@ -122,6 +140,13 @@ def build(
     in_slot = jnp.take_along_axis(marked, token, axis=-1)
     ranks = jnp.take_along_axis(jnp.take_along_axis(sorted_ranks, back, axis=-1), token, axis=-1)
   more = ((0, 0), (0, 0), (0, slots - t))
+  begun = jnp.zeros((b, kv_heads, 0), jnp.int32)
+  if split.axis is not None:
+    before = split.before(counts)
+    begun = jnp.where(counts > 0, before, NEVER)
+    counts = split.total(counts)
+    further = jnp.take_along_axis(before, jnp.minimum(in_slot, count - 1), axis=-1)
+    ranks = jnp.where(in_slot < count, ranks + further, 0)
   pages = (b, kv_heads, slots // page, page)
   in_slot = jnp.pad(in_slot, more, constant_values=count).reshape(pages)
   ranks = jnp.pad(ranks, more).reshape(pages)
@@ -133,6 +158,7 @@ def build(
     first=in_slot[..., :end, 0],
     skip=ranks[..., :end, 0],
     last=in_slot[..., :end, page - 1],
+    begun=begun,
   )
   return index, token
 
@@ -145,7 +171,7 @@ def append(
   Args:
     index: of all layers.
     cell: of the token.
-    slot: after the sorted pages; -1 for no token.
+    slot: after the sorted pages; past the last if another device has it; -1 for no token.
   """
   _, b, kv_heads, pages, page = index.cells.shape
   rows = jnp.arange(b, dtype=jnp.int32)[:, None]
@@ -328,7 +354,7 @@ def look(
 
 @partial(
   jax.tree_util.register_dataclass,
-  data_fields=["first", "skip", "last", "cells", "ranks"],
+  data_fields=["first", "skip", "last", "begun", "cells", "ranks"],
   meta_fields=[],
 )
 @dataclasses.dataclass(frozen=True)
@@ -336,13 +362,14 @@ class PageCells:
   """What says of every page of a layer whether it holds a selected token.
 
   Attributes:
-    first, skip, last: of the sorted pages, as in :class:`CodeIndex`.
+    first, skip, last, begun: of the sorted pages, as in :class:`CodeIndex`.
     cells, ranks: in the slots of the other pages.
   """
 
   first: Int[Array, "B K sorted"]
   skip: Int[Array, "B K sorted"]
   last: Int[Array, "B K sorted"]
+  begun: Int[Array, "B K begun"]
   cells: Int[Array, "B K rest P"]
   ranks: Int[Array, "B K rest P"]
 
@@ -358,7 +385,12 @@ def page_cells(index: CodeIndex, *, layer: int | Array) -> PageCells:
 
   return jax.lax.optimization_barrier(
     PageCells(
-      index.first[layer], index.skip[layer], index.last[layer], rest(index.cells), rest(index.ranks)
+      index.first[layer],
+      index.skip[layer],
+      index.last[layer],
+      index.begun[layer],
+      rest(index.cells),
+      rest(index.ranks),
     )
   )
 
@@ -369,10 +401,11 @@ def pages_of(pages: PageCells, taken: Int[Array, "B K cells"]) -> Bool[Array, "B
   A sorted page holds one if more of its first cell are taken than the page leaves out, or if any
   token is taken of a cell that begins in it. Slots of the other pages are looked at one by one.
   A cell whose every token came after the prompt would begin in some sorted page; that page is
-  marked too.
+  marked too, unless ``begun`` tells.
   """
   count = taken.shape[-1]
-  begun = jnp.cumsum((taken > 0).astype(jnp.int32), axis=-1)
+  here = taken > (pages.begun if pages.begun.shape[-1] else 0)
+  begun = jnp.cumsum(here.astype(jnp.int32), axis=-1)
 
   def at(x: Array, cell: Array) -> Array:
     return jnp.take_along_axis(x, jnp.minimum(cell, count - 1), axis=-1)

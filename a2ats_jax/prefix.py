@@ -113,7 +113,7 @@ def continue_prefix(
   tokens, lengths = _padded(prefix, questions, decoder.config, new=new)
   method, length = prefix.method, len(prefix.tokens)
   state = fork(method, prefix.state, prefix.geometry, rows=len(questions))
-  logits = committed(jnp.zeros((len(questions), decoder.config.vocab)))
+  logits, state = committed((jnp.zeros((len(questions), decoder.config.vocab)), state))
   size = chunk_of(int(lengths.max()), PIECE)
   for start in range(0, int(lengths.max()), size):
     piece = tokens[:, start : start + size]

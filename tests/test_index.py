@@ -12,9 +12,11 @@ from hypothesis import strategies as st
 from a2ats_jax import index as cell_index
 from a2ats_jax.budget import Budget
 from a2ats_jax.methods import selection
+from a2ats_jax.split import Split
 
 B, K, G, CELLS, T, NEW, P = 2, 2, 3, 12, 24, 8, 4
 SLOTS = T + NEW
+SPLIT = Split("devices", 5)
 
 
 @partial(jax.jit, static_argnames="order")
@@ -120,6 +122,46 @@ def test_equals_the_reference(order, case):
   assert_pages(pages, chosen, index)
   got = in_slots(chosen, token, eligible)
   np.testing.assert_array_equal(got, reference(cells, scores, eligible, budget))
+
+
+@partial(jax.jit, static_argnames="order")
+def choose_split(cells, eligible, scores, granted, order):
+  """What each of several devices chooses of its range of a prompt.
+
+  Returns:
+    Slots chosen, pages found, and the position of the token in every slot, by device.
+  """
+  share = SPLIT.share(T)
+
+  def on_device(_):
+    mine = jnp.swapaxes(SPLIT.mine(jnp.swapaxes(cells, 1, 2), share), 1, 2)
+    options = {"count": CELLS, "slots": 2 * P, "page": P, "order": order, "split": SPLIT}
+    index, token = cell_index.build(mine, SPLIT.mine(eligible, share), **options)
+    taken = cell_index.select(index.counts, scores, granted)
+    layers = jax.tree.map(lambda x: x[None], index)
+    pages = cell_index.pages_of(cell_index.page_cells(layers, layer=0), taken)
+    chosen = cell_index.selected(index.cells, index.ranks, taken)
+    return chosen, pages, token + SPLIT.number * share
+
+  return jax.vmap(on_device, axis_name="devices")(jnp.arange(SPLIT.devices))
+
+
+@pytest.mark.parametrize("order", ["cell", "arrival"])
+@settings(max_examples=60, deadline=None)
+@given(case=cases())
+def test_devices_choose_what_one_would(order, case):
+  """Ranges of 5 in pages of 4, the last not full; no page is marked in vain."""
+  cells, scores, eligible, budget = case
+  cells, eligible = cells[..., :T], eligible[:, :T]
+  found = choose_split(*map(jnp.asarray, (cells, eligible, scores)), granted(budget), order)
+  chosen, pages, token = map(np.asarray, found)
+  np.testing.assert_array_equal(pages, chosen.any(axis=-1))
+  got = np.zeros(cells.shape, bool)
+  for device, row, head in np.ndindex(SPLIT.devices, B, K):
+    held = chosen[device, row, head].reshape(-1)[: SPLIT.share(T)]
+    got[row, head, token[device, row, head][held]] = True
+  np.testing.assert_array_equal(got, reference(cells, scores, eligible, budget))
+  assert got.sum() == chosen.sum()  # no token twice
 
 
 @settings(max_examples=40, deadline=None)

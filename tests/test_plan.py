@@ -241,7 +241,7 @@ def book_of(config: ModelConfig, size: int) -> Codebook:
 
 
 def method_of(m: plan.Paged, config: ModelConfig) -> A2ATS:
-  names = {field.name for field in dataclasses.fields(A2ATS)} - {"codebook"}
+  names = {field.name for field in dataclasses.fields(A2ATS)} - {"codebook", "split"}
   return A2ATS(codebook=book_of(config, m.codewords), **{name: getattr(m, name) for name in names})
 
 
@@ -254,7 +254,7 @@ def test_the_options_are_the_methods():
   """An option that A2ATS gains is one that the plan has to know."""
   ours = {field.name: field.default for field in dataclasses.fields(plan.Paged)}
   theirs = {field.name: field.default for field in dataclasses.fields(A2ATS)}
-  assert set(ours) - {"codewords", "union", "spread"} == set(theirs) - {"codebook"}
+  assert set(ours) - {"codewords", "union", "spread"} == set(theirs) - {"codebook", "split"}
   assert all(ours[name] in (theirs[name], dataclasses.MISSING) for name in theirs if name in ours)
 
 

@@ -34,6 +34,7 @@ from a2ats_jax.methods.a2ats_reference import A2ATSReference
 from a2ats_jax.methods.base import Geometry, PromptLayer, Stats, token_by_token
 from a2ats_jax.methods.paging import attend_pages
 from a2ats_jax.rope import Rope, rotate
+from a2ats_jax.split import WHOLE, Split
 from a2ats_jax.typing import Array, Float, Int
 
 
@@ -75,7 +76,7 @@ class PagedState:
     starts: where each row's segments start, from :meth:`FarPosition.starts`.
     prompt: tokens of each row's prompt.
     segments: Z.
-    prompt_slots: slots of the prompt's far tokens; later tokens follow.
+    prompt_slots: slots of the prompt's far tokens on a device; later tokens follow.
     capacity: no row ever holds more tokens.
   """
 
@@ -113,6 +114,7 @@ class PagedState:
     "order",
     "placement",
     "bits",
+    "split",
   ],
 )
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -132,6 +134,8 @@ class A2ATS:
     bits: of a number in a page, 2, 4 or 8, so that fetching moves that much less; 16 keeps numbers
       as they are. Sinks, ring and the tail's values are never quantised. Ours: the paper's cache is
       not quantised.
+    split: how the far tokens lie on devices: each has a range of the prompt, and pages sealed later
+      are dealt in turn. All else is the same on each, and each chooses alike.
   """
 
   codebook: Codebook
@@ -146,6 +150,7 @@ class A2ATS:
   order: cells.Order = "cell"
   placement: paged.Placement = "auto"
   bits: int = 16
+  split: Split = WHOLE
 
   def __post_init__(self):
     selection.check_near(sinks=self.sinks, window=self.window)
@@ -179,14 +184,14 @@ class A2ATS:
       pages: of each KV head, N.
       bytes_each: of a page for every row and KV head.
     """
-    filled = -(-int(self.budget.resolve(capacity).max()) // self.page)
+    filled = -(-self.split.share(int(self.budget.resolve(capacity).max())) // self.page)
     return max(1, min(max(filled, 8), pages, self.stage // bytes_each))
 
   def init(self, geometry: Geometry) -> PagedState:
     g = geometry
     size, dim = self.codebook.size, g.head_dim
-    prompt_slots = _whole(g.prompt, self.page)
-    slots = prompt_slots + _whole(g.new, self.page)
+    prompt_slots = _whole(self.split.share(g.prompt), self.page)
+    slots = prompt_slots + self.split.share(_whole(g.new, self.page) // self.page) * self.page
     lead = (g.layers, g.batch, g.kv_heads)
     ring = _ring(self.window, self.page)
     near = (*lead, self.sinks + ring, dim)
@@ -209,6 +214,7 @@ class A2ATS:
         page=self.page,
         prompt=prompt_slots,
         order=self.order,
+        split=self.split,
       ),
       near=dense.DenseCache(jnp.zeros(near, g.dtype), jnp.zeros(near, g.dtype)),
       codes=jnp.zeros((*lead, ring), jnp.int32),
@@ -222,12 +228,19 @@ class A2ATS:
       capacity=g.capacity,
     )
 
+  def own(self, state: PagedState) -> list[Array]:
+    x = state.index
+    return [state.store.pages, x.cells, x.ranks, x.first, x.skip, x.last, x.begun]
+
   def absorb(self, state: PagedState, prompt: PromptLayer, *, layer: int | Array) -> PagedState:
-    b, t, _, _ = prompt.keys.shape
-    lengths, size = prompt.lengths, self.codebook.size
+    b, t = prompt.keys.shape[:2]
+    lengths, size, book = prompt.lengths, self.codebook.size, self.codebook.layer(layer)
     starts = self.far.starts(lengths, self.window, t)
-    codes = jnp.swapaxes(encode(prompt.keys, self.codebook.layer(layer)), 1, 2).astype(jnp.int32)
-    slot = jnp.broadcast_to(jnp.arange(t, dtype=jnp.int32)[None], (b, t))
+    share = self.split.share(t)
+    keys, k, v = (self.split.mine(x, share) for x in (prompt.keys, prompt.rotated, prompt.values))
+    codes = jnp.swapaxes(encode(keys, book), 1, 2).astype(jnp.int32)
+    slot = self.split.number * share + jnp.arange(share, dtype=jnp.int32)
+    slot = jnp.broadcast_to(slot[None], (b, share))
     eligible = (slot >= self.sinks) & (slot < lengths[:, None] - self.window)
     built, token = cells.build(
       self.far.cells_of(slot, codes, starts, size),
@@ -236,9 +249,10 @@ class A2ATS:
       slots=state.index.cells.shape[3] * self.page,
       page=self.page,
       order=self.order,
+      split=self.split,
     )
-    k, v = jnp.swapaxes(prompt.rotated, 1, 2), jnp.swapaxes(prompt.values, 1, 2)
-    more = ((0, 0), (0, 0), (0, state.prompt_slots - t), (0, 0))
+    k, v = jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
+    more = ((0, 0), (0, 0), (0, state.prompt_slots - share), (0, 0))
     sorted_k, sorted_v = (
       jnp.pad(jnp.take_along_axis(x, token[..., None], axis=2), more) for x in (k, v)
     )
@@ -248,22 +262,26 @@ class A2ATS:
     first = jnp.broadcast_to(jnp.arange(self.sinks, dtype=jnp.int32)[None], (b, self.sinks))
     last = lengths[:, None] - 1
     latest = last - (last - jnp.arange(ring, dtype=jnp.int32)[None]) % ring
-    place = jnp.clip(jnp.concatenate([first, latest], axis=1), 0, t - 1)[:, None, :, None]
+    place = jnp.clip(jnp.concatenate([first, latest], axis=1), 0, t - 1)[:, :, None, None]
+    near_keys, near_k, near_v = (
+      jnp.take_along_axis(x, place, axis=1) for x in (prompt.keys, prompt.rotated, prompt.values)
+    )
+    near_codes = encode(near_keys[:, self.sinks :], book).astype(jnp.int32)
     far = eligible[:, None, :, None]
     sums = _by_code(jnp.where(far, v, 0).astype(jnp.float32), codes, size)
     ones = jnp.broadcast_to(far.astype(jnp.float32), (*codes.shape, 1))
     members = _by_code(ones, codes, size)[..., 0]
+    sums, members = self.split.total((sums, members))
     put = partial(jax.lax.dynamic_update_index_in_dim, index=layer, axis=0)
-    near_k, near_v = (jnp.take_along_axis(x, place, axis=2) for x in (k, v))
     return dataclasses.replace(
       state,
       store=paged.write_prompt(state.store, sorted_k, sorted_v, layer=layer),
       index=jax.tree.map(put, state.index, built),
       near=dense.DenseCache(
-        put(state.near.k, near_k.astype(state.near.k.dtype)),
-        put(state.near.v, near_v.astype(state.near.v.dtype)),
+        put(state.near.k, jnp.swapaxes(near_k, 1, 2).astype(state.near.k.dtype)),
+        put(state.near.v, jnp.swapaxes(near_v, 1, 2).astype(state.near.v.dtype)),
       ),
-      codes=put(state.codes, jnp.take_along_axis(codes, place[:, :, self.sinks :, 0], axis=2)),
+      codes=put(state.codes, jnp.swapaxes(near_codes, 1, 2)),
       sums=put(state.sums, sums),
       members=put(state.members, members),
       starts=starts,
@@ -306,7 +324,7 @@ class A2ATS:
     rotated = rotate(q, positions, rope)
     part, moved = self._fetched(state, rotated, taken, ids, pages, layer)
     near, read = self._near(state, rotated, taken, now, layer)
-    part = attention.merge([part, near])
+    part = self.split.merge(attention.merge([part, near]))
     selected = jnp.sum(taken, axis=-1)
     tail = jnp.zeros(q.shape[:3])
     if self.tail == "centroid":
@@ -319,12 +337,14 @@ class A2ATS:
     far = state.store.page_bytes // self.page  # of a far token's key and value
     exact = read[:, None] * (2 * k.shape[3] * state.near.k.dtype.itemsize)
     touched = (exact + selected * far).astype(jnp.float32)
+    looked = self._index_bytes(state, pages)
+    looked, moved, pages = self.split.total((looked, moved, pages))
     stats = PageStats(
       length=positions + 1,
       selected=selected[:, None],
       read=many,
       tail=tail,
-      read_bytes=(touched + self._index_bytes(state, pages))[:, None],
+      read_bytes=(touched + looked)[:, None],
       moved=moved[:, None],
       pages=pages[:, None],
       dropped=dropped[:, None],
@@ -396,7 +416,7 @@ class A2ATS:
     return dataclasses.replace(
       state,
       index=cells.append(
-        state.index, cell, jnp.where(there, state.prompt_slots + item, -1), layer=layer
+        state.index, cell, jnp.where(there, self._slot(state, item), -1), layer=layer
       ),
       items=items,
       sums=state.sums.at[layer, rows, heads, code].add(value.astype(jnp.float32) * one[..., None]),
@@ -404,9 +424,24 @@ class A2ATS:
       store=self._seal(state, jnp.where(now < 0, -1, item), layer),
     )
 
+  def _slot(self, state: PagedState, item: Int[Array, "B"]) -> Int[Array, "B"]:
+    """Where a token after the prompt's far ones lies; past the last slot on other devices.
+
+    Args:
+      item: its place among them, 0 or more to count.
+    """
+    page = item // self.page
+    slot = state.prompt_slots + page // self.split.devices * self.page + item % self.page
+    return jnp.where(self.split.has(page), slot, state.index.cells.shape[3] * self.page)
+
+  def _full(self, state: PagedState, now: Int[Array, "B"]) -> Int[Array, "B"]:
+    """Pages after the prompt's that are full, of all devices."""
+    return jnp.maximum(now - state.prompt + 1, 0) // self.page
+
   def _seal(self, state: PagedState, item: Int[Array, "B"], layer: int | Array) -> paged.KVStore:
-    """Write the page that ends with a row's ``item``, if one does."""
-    ends = (item >= 0) & ((item + 1) % self.page == 0)
+    """Write the page that ends with a row's ``item``, if one does and this device is to hold it."""
+    number = self._slot(state, item) // self.page
+    ends = (item >= 0) & ((item + 1) % self.page == 0) & (number < state.index.cells.shape[3])
 
     def write(pages: Array) -> Array:
       ring = state.codes.shape[3]
@@ -415,9 +450,8 @@ class A2ATS:
       rows = jnp.arange(inside.shape[0], dtype=jnp.int32)[:, None, None]
       heads = jnp.arange(state.codes.shape[2], dtype=jnp.int32)[None, :, None]
       k, v = (x[layer, rows, heads, inside[:, None]] for x in (state.near.k, state.near.v))
-      number = jnp.where(ends, (state.prompt_slots + item) // self.page, -1)
       store = dataclasses.replace(state.store, pages=pages)
-      return paged.write_page(store, k, v, number, layer=layer).pages
+      return paged.write_page(store, k, v, jnp.where(ends, number, -1), layer=layer).pages
 
     pages = jax.lax.cond(jnp.any(ends), write, lambda pages: pages, state.store.pages)
     return dataclasses.replace(state.store, pages=pages)
@@ -480,7 +514,8 @@ class A2ATS:
     held = jax.tree.map(lambda x: x.reshape(b * kv_heads, 1, *x.shape[2:]), held)
     most = jnp.repeat(granted, kv_heads)
     number = jnp.arange(state.index.cells.shape[3], dtype=jnp.int32)
-    full = number[None] * self.page < _sealed(state, now)[:, None]
+    sealed = state.prompt_slots // self.page + self.split.dealt(self._full(state, now))
+    full = number[None] < sealed[:, None]
     full = jnp.repeat(full, kv_heads, axis=0)[:, None]
 
     def pick(count: Int[Array, "rows"]) -> tuple[Array, Array]:
@@ -492,7 +527,7 @@ class A2ATS:
     if self.fetch:
 
       def fits(pages: Array) -> Array:
-        return jnp.sum(pages, axis=(1, 2)) <= self.fetch
+        return self.split.total(jnp.sum(pages, axis=(1, 2))) <= self.fetch
 
       def halve(_: Array, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
         low, high = bounds  # low fits
@@ -528,7 +563,7 @@ class A2ATS:
     return attend_pages(state.store, q, ids, count, chosen, stage=stage, layer=layer)
 
   def _index_bytes(self, state: PagedState, pages: Int[Array, "B K"]) -> Float[Array, "B K"]:
-    """Bytes read to choose tokens and to estimate the others.
+    """Bytes read on this device to choose tokens and to estimate the others.
 
     Args:
       pages: fetched.
@@ -536,7 +571,7 @@ class A2ATS:
     size, dim, items = *state.sums.shape[3:], state.items.shape[3]
     index, word = state.index, 4  # codes, counts and sums are int32 and float32
     whole = (size + items) * dim + items  # codewords, and those of later tokens
-    whole += index.counts.shape[3] + 3 * index.first.shape[3]
+    whole += index.counts.shape[3] + index.begun.shape[3] + 3 * index.first.shape[3]
     whole += 2 * (index.cells.shape[3] - index.first.shape[3]) * self.page
     whole += size * (dim + 1) if self.tail == "centroid" else 0
     return (word * (whole + 2 * self.page * pages)).astype(jnp.float32)
@@ -549,7 +584,10 @@ class A2ATS:
     now: Int[Array, "B"],
     layer: int | Array,
   ) -> tuple[attention.Part, Int[Array, "B"]]:
-    """Attention over sinks, window and chosen tokens of the page that is not full yet."""
+    """Attention over sinks, window and chosen tokens of the page that is not full yet.
+
+    Of a split, on the device that is to hold that page alone.
+    """
     ring, page = state.codes.shape[3], self.page
     place = jnp.arange(ring, dtype=jnp.int32)[None]
     held = now[:, None] - (now[:, None] - place) % ring  # the position in each place
@@ -558,16 +596,17 @@ class A2ATS:
     always = jnp.concatenate([sink, recent], axis=1)
 
     b, kv_heads = taken.shape[:2]
-    sealed = _sealed(state, now)
-    number = jnp.minimum(sealed // page, state.index.cells.shape[3] - 1)
+    full = self._full(state, now)
+    number = state.prompt_slots // page + full // self.split.devices
+    number = jnp.minimum(number, state.index.cells.shape[3] - 1)
     number = jnp.broadcast_to(number[:, None, None], (b, kv_heads, 1))
     chosen = cells.selected(*cells.look(state.index, number, layer=layer), taken)[:, :, 0]
-    item = held - (state.prompt - self.window - state.prompt_slots + sealed)[:, None]
+    item = held - (state.prompt - self.window + full * page)[:, None]
     inside = (item >= 0) & (held <= (now - self.window)[:, None])
     item = jnp.broadcast_to(jnp.clip(item, 0, page - 1)[:, None], (b, kv_heads, ring))
     chosen = jnp.take_along_axis(chosen, item, axis=2) & inside[:, None]
     chosen = jnp.pad(chosen, ((0, 0), (0, 0), (self.sinks, 0)))
-    mask = (always[:, None] | chosen)[:, None]
+    mask = ((always[:, None] | chosen) & self.split.has(full)[:, None, None])[:, None]
     keys, values = dense.read(state.near.k, layer), dense.read(state.near.v, layer)
     return dense.attend_masked(q, keys, values, mask), jnp.sum(always, axis=-1, dtype=jnp.int32)
 
@@ -598,12 +637,6 @@ class A2ATS:
       (by_code / jnp.maximum(members, 1.0))[:, None], dense.read(state.sums, layer)
     )
     return attention.Part(out, peak[:, None], jnp.sum(weight, axis=-1)[:, None])
-
-
-def _sealed(state: PagedState, now: Int[Array, "B"]) -> Int[Array, "B"]:
-  """Slots in pages that are written: the prompt's, and the full ones after it."""
-  items = jnp.maximum(now - state.prompt + 1, 0)
-  return state.prompt_slots + items // state.page * state.page
 
 
 def _whole(tokens: int, page: int) -> int:

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from a2ats_jax.rope import Rope
+from a2ats_jax.split import Split
 from a2ats_jax.typing import Array, Float, Int
 
 State = Any  # a pytree that only its own method looks into
@@ -176,6 +177,20 @@ class Observer(Protocol):
   @property
   def needs(self) -> Needs:
     """What :meth:`Method.absorb` is to be given."""
+    ...
+
+
+@runtime_checkable
+class Splittable(Protocol):
+  """A method whose cache can lie on several devices, by slots; see :mod:`a2ats_jax.sequence`."""
+
+  @property
+  def split(self) -> Split:
+    """How it lies; an option of the method."""
+    ...
+
+  def own(self, state: State) -> list[Array]:
+    """The arrays of a state that differ between devices, split along their fourth axis."""
     ...
 
 
