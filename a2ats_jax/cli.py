@@ -16,6 +16,7 @@ import tyro
 
 from a2ats_jax.bars import Bars
 from a2ats_jax.cli_args import DEFAULT_MODEL, ModelArgs, load, note, numbers
+from a2ats_jax.cli_device import Device, Tune
 from a2ats_jax.cli_eval import Eval
 from a2ats_jax.cli_generate import Generate
 from a2ats_jax.config_file import expand
@@ -322,6 +323,8 @@ Command = (
   | Annotated[Plan, tyro.conf.subcommand("plan")]
   | Annotated[Methods, tyro.conf.subcommand("methods")]
   | Annotated[Profile, tyro.conf.subcommand("profile")]
+  | Annotated[Device, tyro.conf.subcommand("device")]
+  | Annotated[Tune, tyro.conf.subcommand("tune")]
   | Annotated[Demo, tyro.conf.subcommand("demo")]
 )
 

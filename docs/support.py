@@ -1,7 +1,8 @@
 """The support matrix of the README: what was interpreted, compiled, run and measured, and where.
 
-  make aot | tee aot.jsonl          # one line a program
-  python docs/support.py aot.jsonl  # docs/support.jsonl, and the table in README.md
+  make aot | tee aot.jsonl                       # one line a program
+  a2ats device --out device.jsonl                # on a GPU or a TPU: one line a kernel and a step
+  python docs/support.py aot.jsonl device.jsonl  # docs/support.jsonl, and the table in README.md
 
 Every line of ``docs/support.jsonl`` says what was seen of one op on one device. A cell without a
 line says no.
@@ -22,6 +23,14 @@ BEGIN, END = "<!-- support: begin -->", "<!-- support: end -->"
 OPS = ("page_fetch", "page_write", "paged_decode", "vq_encode", "decode step")
 DEVICES = ("CPU", "TPU v5e", "TPU v5p", "TPU v6e", "TPU7x", "H100")
 SEEN = ("interpreted", "compiled", "ran", "measured")
+# What a device of each column calls itself.
+KINDS = {
+  "H100": "H100",
+  "TPU v5 lite": "TPU v5e",
+  "TPU v5p": "TPU v5p",
+  "TPU v6 lite": "TPU v6e",
+  "TPU7x": "TPU7x",
+}
 CHIPS = {"v5e": "TPU v5e", "v5p": "TPU v5p", "v6e": "TPU v6e", "tpu7x": "TPU7x"}
 
 Line = dict[str, Any]
@@ -55,6 +64,34 @@ def compiled(rows: Iterable[Line], *, date: str, versions: str) -> list[Line]:
   ]
 
 
+def ran(rows: Iterable[Line], *, date: str) -> list[Line]:
+  """What the lines of ``a2ats device`` say: kernels equal to the reference, and steps.
+
+  An op counts where none of its kernels went wrong, and as measured where one was timed at a
+  model's shapes.
+  """
+  bad: set[tuple[str, str]] = set()
+  seen: dict[tuple[str, str, str], Line] = {}
+  versions: dict[str, str] = {}
+  for row in rows:
+    if row["what"] == "card":
+      held = ", ".join(f"{name} {version}" for name, version in row["versions"].items())
+      versions[row["device"]] = f"{row['device']}, {held}"
+    name = next((to for mark, to in KINDS.items() if mark in row["device"]), None)
+    kernel = row["what"] == "kernel" and row["implementation"] != "reference"
+    step = row["what"] == "step" and row["method"] != "full"
+    if name is None or not (kernel or step):
+      continue
+    op = row["op"] if kernel else "decode step"
+    if kernel and not row["ok"]:
+      bad.add((op, name))
+    done = "ms" in row or kernel
+    for what in ("ran",) * done + ("measured",) * ("ms" in row and not row["small"]):
+      line = {"op": op, "device": name, "what": what, "command": "a2ats device", "date": date}
+      seen[op, name, what] = line | {"versions": versions[row["device"]]}
+  return [line for (op, name, _), line in seen.items() if (op, name) not in bad]
+
+
 def table(lines: Sequence[Line]) -> str:
   """The matrix, as Markdown."""
   seen = {(line["op"], line["device"], line["what"]) for line in lines}
@@ -82,20 +119,30 @@ def filled(readme: str, lines: Sequence[Line]) -> str:
 
 def main() -> int:
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-  parser.add_argument("aot", type=Path, help="lines that make aot printed")
-  aot = parser.parse_args().aot
-  rows = [json.loads(line) for line in aot.read_text().splitlines() if line.startswith("{")]
-  names = ("jax", "libtpu", "jax-cuda13-plugin")
+  parser.add_argument("files", type=Path, nargs="+", help="lines of make aot or of a2ats device")
+  rows = [
+    json.loads(line)
+    for path in parser.parse_args().files
+    for line in path.read_text().splitlines()
+    if line.startswith("{")
+  ]
+  devices = [row for row in rows if row.get("benchmark") == "device"]
+  aot = [row for row in rows if row.get("benchmark") != "device"]
   held = []
-  for name in names:
+  for name in ("jax", "libtpu", "jax-cuda13-plugin"):
     try:
       held.append(f"{name} {importlib.metadata.version(name)}")
     except importlib.metadata.PackageNotFoundError:
       continue
   today = datetime.date.today().isoformat()
-  old = [json.loads(line) for line in RECORD.read_text().splitlines()] if RECORD.exists() else []
-  lines = [line for line in old if line["what"] != "compiled"]
-  lines += compiled(rows, date=today, versions=", ".join(held))
+  lines = [json.loads(line) for line in RECORD.read_text().splitlines()] if RECORD.exists() else []
+  if aot:
+    lines = [line for line in lines if line["what"] != "compiled"]
+    lines += compiled(aot, date=today, versions=", ".join(held))
+  new = ran(devices, date=today)
+  keys = ("op", "device", "what")
+  again = {tuple(line[key] for key in keys) for line in new}
+  lines = [line for line in lines if tuple(line[key] for key in keys) not in again] + new
   RECORD.write_text("".join(json.dumps(line) + "\n" for line in lines))
   readme = ROOT / "README.md"
   readme.write_text(filled(readme.read_text(), lines))

@@ -83,6 +83,8 @@ COMMANDS = (
   ("plan",),
   ("methods",),
   ("profile",),
+  ("device",),
+  ("tune",),
   ("demo",),
 )
 

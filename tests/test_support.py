@@ -38,3 +38,31 @@ def test_an_op_with_a_program_that_went_wrong_is_not_compiled():
     ("paged_decode", "TPU v5e", 1),
     ("decode step", "H100", 1),
   }
+
+
+def test_what_ran_on_a_device():
+  """Small shapes are not a measurement; one kernel that is wrong takes its op out."""
+  support = _support()
+  where = {"device": "NVIDIA H100 80GB HBM3", "small": False}
+  kernel = where | {"what": "kernel", "implementation": "gpu", "ok": True}
+  rows = [
+    where | {"what": "card", "versions": {"jax": "1"}},
+    where | {"what": "copy", "ms": 1.0},
+    kernel | {"op": "page_fetch", "ms": 1.0},
+    kernel | {"op": "page_fetch", "ok": False, "problem": "bytes differ"},
+    kernel | {"op": "paged_decode", "ms": 1.0},
+    kernel | {"op": "vq_encode", "ms": 1.0, "small": True},
+    kernel | {"op": "vq_encode", "implementation": "reference", "ms": 1.0},
+    where | {"what": "step", "method": "a2ats", "problem": "out of memory"},
+    where | {"what": "step", "method": "full", "ms": 1.0},
+    kernel | {"op": "page_write", "device": "cpu"},
+  ]
+  got = support.ran(rows, date="2026-01-01")
+  assert {(line["op"], line["what"]) for line in got} == {
+    ("paged_decode", "ran"),
+    ("paged_decode", "measured"),
+    ("vq_encode", "ran"),
+  }
+  assert {line["device"] for line in got} == {"H100"}
+  step = where | {"what": "step", "method": "a2ats-plus", "ms": 2.0}
+  assert len(support.ran([rows[0], step], date="2026-01-01")) == 2

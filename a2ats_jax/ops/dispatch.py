@@ -2,7 +2,8 @@
 
 An op is a folder: its ``__init__`` holds the public function and the table of implementations,
 ``reference`` the plain jnp form that every other one equals. The choice is made at trace time and
-depends on the backend and on shapes only.
+depends on the backend and on shapes only; a kernel's tile sizes also on what was stored for the
+device (:mod:`a2ats_jax.ops.stored_tiles`).
 """
 
 import dataclasses

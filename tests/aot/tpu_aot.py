@@ -10,7 +10,7 @@ Prints one JSON line per program and chip, and one per control: programs that th
 checks have to refuse, which show that a pass means something. Exit code 0: all compiled and all
 controls were refused; 1: something did not; 2: there is no compiler here. Usage::
 
-    python tests/aot/tpu_aot.py [--chips v5e:1x1,v6e:1x1]
+    python tests/aot/tpu_aot.py [--chips v5e:1x1,v6e:1x1] [--only part]
 
 Shapes are Llama-3.1-8B's: 32 query heads on 8 KV heads of size 128, bfloat16 pages of 16 tokens,
 1024 codewords, and a stage of 128 pages a KV head.
@@ -44,6 +44,7 @@ os.environ.setdefault("TPU_STDERR_LOG_LEVEL", "3")
 
 import jax
 import jax.numpy as jnp
+import tpu_parts
 from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
@@ -215,6 +216,17 @@ def _step(tokens: int, whole: bool = False) -> Program:
   )
 
 
+def _parts() -> dict[str, Program]:
+  kept = Geometry(
+    batch=B, layers=1, heads=H, kv_heads=K, head_dim=D, prompt=128 << 10, new=256, dtype=BF16
+  )
+
+  def program(run: Callable[..., Any], shapes: Any) -> Program:
+    return Program(run, jax.tree.map(lambda x: Input(x.shape, x.dtype), shapes), ())
+
+  return {f"part: {name}": program(*part) for name, part in tpu_parts.parts(kept, C).items()}
+
+
 STEPS = {"decode step, 8K tokens": 8 << 10, "decode step, 128K tokens": 128 << 10}
 
 
@@ -331,6 +343,7 @@ def _programs() -> dict[str, Program]:
       _opened, (Input((1,), jnp.int32),), ("page_zeros",), temp=8 << 20, opens=True
     ),
     **{name: _step(tokens) for name, tokens in STEPS.items()},
+    **_parts(),
   }
 
 
@@ -379,7 +392,8 @@ def _inspect(program: Program, device: Any) -> dict[str, Any]:
   compiled = _compile(program, device)
   seconds = time.perf_counter() - start
   memory, cost = compiled.memory_analysis(), compiled.cost_analysis() or {}
-  calls = _calls(compiled.as_text())
+  text = compiled.as_text()
+  calls = _calls(text)
   held = (
     memory.argument_size_in_bytes
     + memory.output_size_in_bytes
@@ -402,7 +416,12 @@ def _inspect(program: Program, device: Any) -> dict[str, Any]:
     "code_bytes": memory.generated_code_size_in_bytes,
     # Of a kernel these are its own estimate, given back.
     "flops": cost.get("flops"),
-    "bytes_accessed": cost.get("bytes accessed"),
+    "bytes_accessed": cost.get("bytes accessed"),  # in fast memory too
+    # The compiler's own estimate, a loop's body once; below zero where it has none for some part.
+    "estimated_us": round(1e6 * cost.get("optimal_seconds", 0.0), 1),
+    "fusions": text.count(" fusion("),
+    "loops": text.count(" while("),
+    "gathers": text.count(" gather(") + text.count(" scatter("),
   }
   missing = [name for name in program.kernels if not calls.get(name)]
   taken = max(row["temp_bytes"], row["beside_bytes"])
@@ -421,7 +440,9 @@ def main() -> int:
   """Compile all, print what came of it, and say how many went wrong."""
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument("--chips", default=",".join(CHIPS), help="topologies, separated by commas")
-  chips = parser.parse_args().chips.split(",")
+  parser.add_argument("--only", default="", help="programs whose name begins like this")
+  arguments = parser.parse_args()
+  chips, only = arguments.chips.split(","), arguments.only
   jax.default_backend = lambda: (
     "tpu"
   )  # what the library asks when it opens a store or picks a kernel
@@ -436,6 +457,8 @@ def main() -> int:
       continue
     rows: dict[str, dict[str, Any]] = {}
     for name, program in (_programs() | _controls()).items():
+      if not name.startswith(only):
+        continue
       row: dict[str, Any] = {"program": name, "chip": chip}
       control = name.startswith("control")
       try:
@@ -450,6 +473,8 @@ def main() -> int:
       wrong += "problem" in row
       done += 1
       print(json.dumps(row), flush=True)
+    if only:
+      continue
     growth = _growth(chip, rows)
     wrong += "problem" in growth
     print(json.dumps(growth), flush=True)

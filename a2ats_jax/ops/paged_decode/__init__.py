@@ -3,16 +3,33 @@
 from types import MappingProxyType
 
 from a2ats_jax.attention import Part
-from a2ats_jax.ops import dispatch
+from a2ats_jax.ops import dispatch, stored_tiles
 from a2ats_jax.ops.paged_decode import gpu, reference, tpu
 from a2ats_jax.ops.pages import BytePages, Pages
+from a2ats_jax.ops.tiles import DecodeTiles
 from a2ats_jax.typing import Array, Bool, Float
 
 
+def shape_of(q: Array, pages: Pages, mask: Array) -> stored_tiles.Shape:
+  """What stored tiles are looked up by."""
+  b, kv_heads, fetched, page = mask.shape
+  packed = isinstance(pages, BytePages)
+  return {
+    "heads": b * kv_heads,
+    "group": q.shape[2] // kv_heads,
+    "fetched": fetched,
+    "page": page,
+    "dim": q.shape[3],
+    "dtype": str(pages.form.dtype if packed else pages.keys.dtype),
+    "bytes": packed,
+  }
+
+
 def _on_tpu(q: Array, pages: Pages, mask: Array) -> Part:
+  tiles = stored_tiles.find("paged_decode", DecodeTiles, shape_of(q, pages, mask))
   if isinstance(pages, BytePages):
-    return tpu.packed_decode(q, pages.data, mask, form=pages.form)
-  return tpu.paged_decode(q, pages.keys, pages.values, mask)
+    return tpu.packed_decode(q, pages.data, mask, form=pages.form, tiles=tiles)
+  return tpu.paged_decode(q, pages.keys, pages.values, mask, tiles=tiles)
 
 
 def _not_on_tpu(backend: str, q: Array, pages: Pages, mask: Array) -> list[str]:
@@ -22,7 +39,8 @@ def _not_on_tpu(backend: str, q: Array, pages: Pages, mask: Array) -> list[str]:
 
 
 def _on_gpu(q: Array, pages: Pages, mask: Array) -> Part:
-  return gpu.paged_decode(q, pages.keys, pages.values, mask)
+  tiles = stored_tiles.find("paged_decode", gpu.Tiles, shape_of(q, pages, mask))
+  return gpu.paged_decode(q, pages.keys, pages.values, mask, tiles=tiles)
 
 
 def _not_on_gpu(backend: str, q: Array, pages: Pages, mask: Array) -> list[str]:

@@ -2,14 +2,39 @@
 
 from types import MappingProxyType
 
-from a2ats_jax.ops import dispatch
+from a2ats_jax.ops import dispatch, stored_tiles
+from a2ats_jax.ops.tiles import EncodeTiles
 from a2ats_jax.ops.vq_encode import gpu, reference, tpu
 from a2ats_jax.typing import Array, Float, UInt16
 
+MANY = 4096
+"""Keys from which on more of them only repeat the same blocks."""
+
+
+def shape_of(keys: Array, whitener: Array, whitened: Array) -> stored_tiles.Shape:
+  """What stored tiles are looked up by; :data:`MANY` keys stand for any larger number."""
+  n, kv_heads, dim = keys.shape
+  return {
+    "keys": min(n, MANY),
+    "kv_heads": kv_heads,
+    "dim": dim,
+    "codewords": whitened.shape[1],
+    "dtype": str(keys.dtype),
+  }
+
+
+def _on_tpu(*args: Array) -> Array:
+  return tpu.vq_encode(*args, tiles=stored_tiles.find("vq_encode", EncodeTiles, shape_of(*args)))
+
+
+def _on_gpu(*args: Array) -> Array:
+  return gpu.vq_encode(*args, tiles=stored_tiles.find("vq_encode", gpu.Tiles, shape_of(*args)))
+
+
 IMPLEMENTATIONS = MappingProxyType(
   {
-    "tpu": dispatch.Implementation(run=tpu.vq_encode, hindrances=tpu.hindrances),
-    "gpu": dispatch.Implementation(run=gpu.vq_encode, hindrances=gpu.hindrances),
+    "tpu": dispatch.Implementation(run=_on_tpu, hindrances=tpu.hindrances),
+    "gpu": dispatch.Implementation(run=_on_gpu, hindrances=gpu.hindrances),
     dispatch.REFERENCE: dispatch.Implementation(run=reference.vq_encode),
   }
 )

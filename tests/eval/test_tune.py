@@ -1,0 +1,125 @@
+"""Tile sizes by measurement: all kernels by their interpreters; wrong or slower sizes stay out."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from a2ats_jax import cli
+from a2ats_jax.budget import Budget
+from a2ats_jax.errors import UserError
+from a2ats_jax.ops import stored_tiles
+from a2ats_jax.ops.page_fetch import reference
+from a2ats_jax.ops.tiles import FetchTiles
+from a2ats_jax.plan_known import find_model
+from eval import kernels, tune
+
+pytestmark = pytest.mark.usefixtures("quick_to_compile")
+
+
+def test_the_interpreters_run_every_kernel_and_no_file_is_written(tmp_path, monkeypatch, capsys):
+  monkeypatch.setattr(stored_tiles, "FOLDER", tmp_path)
+  cli.main(["tune", "--interpret", "--json"])
+  out, err = capsys.readouterr()
+  rows = [json.loads(line) for line in out.splitlines()]
+  assert not [row["problem"] for row in rows if "problem" in row]
+  best = {(row["op"], row["kernel"]) for row in rows if row.get("best")}
+  assert best == {
+    (op, k) for op in ("page_fetch", "paged_decode", "vq_encode") for k in ("tpu", "gpu")
+  }
+  assert len({json.dumps(row["tiles"]) for row in rows}) > len(
+    best
+  )  # more than the choice by shape
+  assert "of no device; no file was written" in err
+  assert list(tmp_path.iterdir()) == []
+  with pytest.raises(SystemExit):  # without --interpret a CPU has nothing to tune
+    cli.main(["tune"])
+  assert "expected a GPU or a TPU, got cpu" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("family", ["tpu", "gpu"])
+def test_the_checks_take_the_reference_and_nothing_else(family):
+  for case in kernels.cases(tune.SMALLEST, family):
+    good = case.public(*case.args, implementation="reference")
+    assert case.problem(good) is None, case.op
+    if case.note != "1 keys":
+      wrong = jax.tree.map(lambda x: jnp.roll(x, 1, axis=0 if x.ndim == 2 else x.ndim // 2), good)
+      assert case.problem(wrong) is not None, case.op
+
+
+def test_a_shape_that_two_batches_share_is_tried_once(monkeypatch):
+  tried = []
+
+  def note(case, *_):
+    tried.append(case.op)
+    return []
+
+  monkeypatch.setattr(tune, "_try", note)
+  layers = [dataclasses.replace(tune.SMALLEST, batch=b) for b in (1, 2)]
+  tune.run(layers, "gpu", rounds=1, repeat=1)
+  assert sorted(tried) == [*["page_fetch"] * 4, *["paged_decode"] * 2, "vq_encode"]
+
+
+def _case(kernel):
+  layer = dataclasses.replace(tune.SMALLEST, fetched=4)
+  case = next(case for case in kernels.cases(layer, "tpu") if case.op == "page_fetch")
+  return dataclasses.replace(case, kernel=kernel)
+
+
+def test_sizes_with_another_result_are_not_timed():
+  """Every wrong depth is the fastest by far, in what it leaves out."""
+
+  def kernel(pages, ids, tiles):
+    got = reference.page_fetch(pages, ids)
+    if tiles.depth == 2:
+      raise UserError("too deep")
+    return tuple(x.at[-1].set(0) for x in got) if tiles.depth == 4 else got
+
+  case = _case(kernel)
+  candidates = [FetchTiles(depth=depth) for depth in (4, 2, 8)]
+  wrong, refused, right = tune._try(case, "tpu", candidates, 1, 1)
+  assert "bytes differ" in wrong["problem"]
+  assert refused["problem"] == "UserError: too deep"
+  assert "ms" not in wrong
+  assert "ms" not in refused
+  assert right["best"]
+
+
+@pytest.mark.parametrize(("slowest", "best"), [(0.9, 8), (1.1, 2)])
+def test_the_choice_by_shape_stays_unless_it_is_beaten_clearly(
+  slowest, best, tmp_path, monkeypatch
+):
+  """And what is kept is read by the op, beside what the file held for other shapes."""
+  monkeypatch.setattr(stored_tiles, "FOLDER", tmp_path)
+  path = stored_tiles.path_of("cpu")
+  shape = {"fetched": 4, "page": 8192, "dtype": "int8", "host": True}
+  row = {"op": "page_fetch", "kernel": "tpu", "shape": shape, "by_shape": False}
+  rows = [
+    row | {"tiles": {"depth": 2}, "by_shape": True, "ms": 1.0, "ms_low": 0.9, "ms_high": 1.2},
+    row | {"tiles": {"depth": 8}, "ms": 0.8, "ms_low": 0.7, "ms_high": slowest},
+    row | {"tiles": {"depth": 16}, "problem": "does not compile"},
+  ]
+  tune._best(rows)["best"] = True
+  for other in ({"fetched": 9}, {}):
+    again = [r | {"shape": shape | other} for r in rows]
+    assert tune.store(again, path, kind="cpu", versions="jax 1") == 1
+  assert stored_tiles.find("page_fetch", FetchTiles, shape) == FetchTiles(depth=best)
+  assert stored_tiles.find("page_fetch", FetchTiles, shape | {"fetched": 9}) is not None
+  lines = stored_tiles.read(path, kind="cpu")
+  assert [line["by_shape_ms"] for line in lines] == [1.0, 1.0]
+  with pytest.raises(UserError, match="expected a2ats-tiles 1 of H100"):
+    tune.store(rows, path, kind="H100", versions="jax 1")
+
+
+def test_the_shapes_are_those_of_a_step():
+  """Eight rows share a stage of 16 MiB; a budget of 2048 tokens would fill 128 pages."""
+  options = {"T": 131072, "new": 128, "page": 16, "codewords": 1024, "dtype": "bfloat16"}
+  config, budget = find_model("llama-3.1-8b"), Budget(tokens=2048, per="kv_head")
+  layers = [tune.layer_of(config, batch=b, budget=budget, **options) for b in (1, 8)]
+  assert [layer.fetched for layer in layers] == [128, 32]
+  assert layers[0].keys == 4096
+  case = next(c for c in kernels.cases(dataclasses.replace(layers[0], pages=128), "gpu"))
+  assert case.shape == {"fetched": 1024, "page": 4096, "dtype": "bfloat16", "host": False}
+  assert case.args[0].dtype == jnp.bfloat16
