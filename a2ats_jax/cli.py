@@ -177,12 +177,16 @@ class Plan:
   tflops: float = 0.0
   """Operations of a bfloat16 matrix product in 10^12 a second."""
   host_gb: float = 0.0
-  """Host memory in 10^9 bytes, which bounds the largest batch; 0 is no bound."""
+  """Host memory in 10^9 bytes, of all hosts together, which bounds the largest batch; 0 is no
+  bound."""
+  mesh: str = "1x1"
+  """Devices as BATCHxHEADS: 2x4 cuts the rows over two and the KV heads over four of eight. Bytes
+  and times are then those of one device."""
   json: bool = False
   """Print the result rows as JSON lines on stdout instead of a table."""
 
   def run(self) -> None:
-    from a2ats_jax import plan, plan_known, plan_report
+    from a2ats_jax import plan, plan_known, plan_mesh, plan_report
     from a2ats_jax.budget import Budget
 
     chip = plan_known.find_chip(
@@ -212,12 +216,13 @@ class Plan:
     )
     host = self.host_gb * 1e9 or float("inf")
     names = {"model": self.model, "device": self.device}
-    rows = plan_report.rows(case, spec, method, chip=chip, host=host, **names)
+    cut = plan_mesh.read_cut(self.mesh)
+    rows = plan_report.rows(case, spec, method, chip=chip, host=host, cut=cut, **names)
     if self.json:
       for row in rows:
         print(json.dumps(row))
     else:
-      plan_report.show(rows, plan_report.notes(case, spec, method, chip))
+      plan_report.show(rows, plan_report.notes(case, spec, method, chip, cut))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
 
 from a2ats_jax.errors import UserError
 from a2ats_jax.forward import geometry_of, hidden_step, layer_over_prompt
@@ -18,6 +17,7 @@ from a2ats_jax.models.config import ModelConfig
 from a2ats_jax.models.decoder import Decoder
 from a2ats_jax.prompt import CHUNK, chunk_of
 from a2ats_jax.sampling import Sampling, sample
+from a2ats_jax.sharding import committed, device_get
 from a2ats_jax.typing import Array, Bool, Float, Int, Key
 
 BLOCK = 16  # tokens made on the device between two looks at them
@@ -58,21 +58,6 @@ def pad_prompts(
   return tokens, lengths
 
 
-def committed[X](tree: X) -> X:
-  """Arrays bound to the memory they are in; where some lie on a mesh, the others go to all of it.
-
-  A program with one argument that is bound to a memory space binds all that it returns. Bound from
-  the start, its results go into the same program again. Without a mesh nothing is copied.
-  """
-  leaves, structure = jax.tree.flatten(tree)
-  places = [x.sharding for x in leaves]
-  meshes = [place.mesh for place in places if isinstance(place, NamedSharding)]
-  if meshes:
-    every = NamedSharding(meshes[0], PartitionSpec())
-    places = [place if isinstance(place, NamedSharding) else every for place in places]
-  return jax.tree.unflatten(structure, jax.device_put(leaves, places))
-
-
 @jax.jit
 def _last_logits(
   decoder: Decoder, x: Float[Array, "B T E"], lengths: Int[Array, "B"]
@@ -105,9 +90,10 @@ def prefill(
   """
   config = decoder.config
   geometry = geometry_of(config, batch=len(tokens), prompt=tokens.shape[1], new=new)
-  x, state = committed((decoder.embed(jnp.asarray(tokens)), caches.init(method, geometry)))
+  state = caches.init(method, geometry)
+  ids, rows, state = committed((jnp.asarray(tokens), jnp.asarray(lengths), state))
+  x = decoder.embed(ids)
   far, near = caches.split(state)
-  rows = jnp.asarray(lengths)
   for layer in range(config.layers):
     index = jnp.asarray(layer, jnp.int32)
     local = config.is_local(layer)
@@ -376,7 +362,7 @@ def begin(
   )
   rows = Rows(state=state, token=token, position=position, live=live)
   rows = committed(rows)
-  first, going = jax.device_get((token, live))
+  first, going = device_get((token, live))
   block = Block(tokens=first[:, None], stats=None, live=going)
   return block, Generation(rows=rows, keys=keys, stop=ends, sampling=sampling, room=new - 1)
 
@@ -415,7 +401,7 @@ def advance(
     steps=block,
     sampling=generation.sampling,
   )
-  tokens, count, live = jax.device_get((tokens, count, rows.live))
+  tokens, count, live = device_get((tokens, count, rows.live))
   made = Block(tokens=tokens[:, :count], stats=stats, live=live)
   return made, dataclasses.replace(generation, rows=rows, room=generation.room - new)
 

@@ -22,6 +22,13 @@ from a2ats_jax.plan import (
   shared,
 )
 from a2ats_jax.plan_known import Chip
+from a2ats_jax.plan_mesh import ONE_DEVICE, Cut
+
+# What a row tells of all devices together; the rest is of one.
+_OF_ALL = (
+  *("batch", "tokens_per_s", "ideal_tokens_per_s"),
+  *("max_batch", "max_batch_tokens_per_s", "max_batch_ideal_tokens_per_s"),
+)
 
 # The parts of an estimate that a result row holds in one figure.
 GROUPS: Mapping[str, tuple[str, ...]] = MappingProxyType(
@@ -48,17 +55,32 @@ def rows(
   device: str,
   chip: Chip,
   host: float = math.inf,
+  cut: Cut = ONE_DEVICE,
 ) -> list[dict[str, Any]]:
   """Flat result rows: full attention, and the method if it is another.
 
   Args:
     model, device: their names, for the record.
-    host: bytes of host memory, which bound the largest batch.
+    host: bytes of host memory, of all hosts together, which bound the largest batch.
+    cut: over a mesh. Bytes, operations and times are those of one device; batches and tokens a
+      second those of all.
+
+  Raises:
+    UserError: rows or KV heads that the mesh does not divide.
   """
   full = registry.parse_method("full")
   asked = [(full, None)] if method is None else [(full, None), (spec, method)]
-  seconds = estimate(case, None).seconds(chip)
-  return [_row(case, s, m, model, device, chip, host, seconds) for s, m in asked]
+  part, host = cut.part(case), host / cut.devices
+  seconds = estimate(part, None).seconds(chip)
+  common = {
+    "mesh": str(cut),
+    "collective_bytes": cut.collective_bytes(case),
+  }
+  found = [_row(part, s, m, model, device, chip, host, seconds) | common for s, m in asked]
+  for row in found:
+    for key in _OF_ALL:
+      row[key] = row[key] and row[key] * cut.batch
+  return found
 
 
 def _row(
@@ -140,6 +162,7 @@ LINES: Mapping[str, tuple[str, Callable[[Any], str]]] = MappingProxyType(
     "read": ("step: cached tokens attended exactly", lambda x: f"{x:.1%}"),
     "traffic_bytes": ("  device memory traffic", amount),
     "moved_bytes": ("  moved from the host", amount),
+    "collective_bytes": ("  added up with other devices", amount),
     "flops": ("  operations", lambda x: f"{x / 1e9:,.1f} GFLOP"),
     "ms": ("  at least, copies waited for", lambda x: f"{x:,.2f} ms"),
     "ideal_ms": ("  at least, copies overlapped", lambda x: f"{x:,.2f} ms"),
@@ -164,6 +187,8 @@ def table(found: Sequence[Mapping[str, Any]]) -> Table:
   for row in found:
     out.add_column(row["method"], justify="right", no_wrap=True)
   for key, (name, show) in LINES.items():
+    if key == "collective_bytes" and not any(row[key] for row in found):
+      continue  # one device, or rows alone are cut
     if key in NEW_SECTION:
       out.add_row()
     absent = [row[key] is None or (key in IF_IT_FITS and not row["fits"]) for row in found]
@@ -171,8 +196,11 @@ def table(found: Sequence[Mapping[str, Any]]) -> Table:
   return out
 
 
-def notes(case: Case, spec: registry.MethodSpec, method: Paged | None, chip: Chip) -> list[str]:
+def notes(
+  case: Case, spec: registry.MethodSpec, method: Paged | None, chip: Chip, cut: Cut = ONE_DEVICE
+) -> list[str]:
   """What the figures rest on, a paragraph each."""
+  whole, case = case, cut.part(case)
   lines = [
     f"Device: {amount(chip.memory)}, {amount(chip.memory_rate)}/s, {chip.flops / 1e12:,.0f} "
     f"TFLOP/s ({chip.source}); host link {amount(chip.link_rate)}/s ({chip.link}). Nominal rates: "
@@ -180,6 +208,13 @@ def notes(case: Case, spec: registry.MethodSpec, method: Paged | None, chip: Chi
   ]
   if case.prompt + case.new > case.config.context:
     lines.append(f"The model states a context of {case.config.context:,} tokens, fewer than these.")
+  if cut.devices > 1:
+    lines.append(
+      f"Mesh {cut}: {whole.batch:,} rows over {cut.batch}, {whole.config.kv_heads} KV heads over "
+      f"{cut.heads}. Bytes, operations and times are those of one of {cut.devices} devices, its "
+      "pages in the memory of its host; batches and tokens/s those of all. Times leave out what "
+      "devices add up with each other."
+    )
   if method is not None:
     far = chosen(case, method)
     lines += [
@@ -206,6 +241,7 @@ def show(found: Sequence[Mapping[str, Any]], notes: Sequence[str]) -> None:
   title = (
     f"{first['model']}, {first['T']:,} tokens of prompt and {first['new']:,} new ones, batch "
     f"{first['batch']:,}, {first['dtype']}, cache {first['cache_dtype']}, on {first['device']}"
+    f"{'' if first['mesh'] == '1x1' else ', mesh ' + first['mesh']}"
   )
   console.print(title, highlight=False, markup=False, style="italic")
   console.print(table(found))

@@ -21,7 +21,6 @@ from a2ats_jax.generate import (
   Progress,
   begin,
   checked_streams,
-  committed,
   go_on,
   pad_prompts,
   prefill,
@@ -32,6 +31,7 @@ from a2ats_jax.models.config import ModelConfig
 from a2ats_jax.models.decoder import Decoder
 from a2ats_jax.prompt import chunk_of
 from a2ats_jax.sampling import Sampling
+from a2ats_jax.sharding import committed
 from a2ats_jax.typing import Array, Float, Int
 
 PIECE = 16  # tokens of questions appended at once

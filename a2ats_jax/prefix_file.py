@@ -19,6 +19,7 @@ from a2ats_jax.errors import UserError
 from a2ats_jax.files import replacing
 from a2ats_jax.methods.base import Geometry, Method
 from a2ats_jax.methods.layout import layout
+from a2ats_jax.methods.sharded import Sharded, unsharded
 from a2ats_jax.prefix import Prefix
 
 FORMAT = "a2ats-prefix"
@@ -28,7 +29,8 @@ _TOKENS = "tokens"
 
 
 def method_identity(method: Method) -> dict[str, str]:
-  """A method's name and options as text; of arrays and of what is long, a hash."""
+  """A method's name and options as text; of arrays and of what is long, a hash; of no mesh."""
+  method = unsharded(method)
   found = {"name": method.name}
   for field in dataclasses.fields(method):  # pyrefly: ignore[bad-argument-type]  all are
     value = getattr(method, field.name)
@@ -61,7 +63,7 @@ def save_prefix(path: Path, prefix: Prefix, *, fingerprint: str) -> None:
   Raises:
     UserError: the file cannot be written; an old one is untouched.
   """
-  leaves, _ = layout(prefix.method, prefix.geometry)
+  leaves, _ = layout(unsharded(prefix.method), prefix.geometry)
   arrays = {
     leaf.name: np.ascontiguousarray(x).reshape(leaf.shape)
     for leaf, x in zip(leaves, jax.tree.leaves(prefix.state), strict=True)
@@ -93,7 +95,8 @@ def load_prefix(path: Path, method: Method, *, fingerprint: str) -> Prefix:
   """Read a document's state and check that it belongs to this model and method.
 
   Args:
-    method: that the state is to be used with, its options and codebooks those it was made with.
+    method: that the state is to be used with, its options and codebooks those it was made with; it
+      may lie over another mesh than it did, or over none.
     fingerprint: of this model.
 
   Raises:
@@ -115,7 +118,7 @@ def load_prefix(path: Path, method: Method, *, fingerprint: str) -> Prefix:
   geometry = Geometry(
     **(header["geometry"] | {"dtype": jnp.dtype(header["geometry"]["dtype"]).type})
   )
-  leaves, structure = layout(method, geometry)
+  leaves, structure = layout(unsharded(method), geometry)
   tokens = arrays.pop(_TOKENS)
   wanted = {leaf.name: (leaf.dtype, leaf.shape) for leaf in leaves}
   found = {name: (x.dtype, x.shape) for name, x in arrays.items()}
@@ -125,9 +128,12 @@ def load_prefix(path: Path, method: Method, *, fingerprint: str) -> Prefix:
         f"{where}: expected {name} as {wanted.get(name)}, got {found.get(name)}; it was made by "
         "another version or on another backend"
       )
-  state = jax.tree.unflatten(
-    structure, [store.put(arrays[leaf.name], host=leaf.host) for leaf in leaves]
-  )
+  if isinstance(method, Sharded):
+    state = method.place(geometry, [arrays[leaf.name] for leaf in leaves])
+  else:
+    state = jax.tree.unflatten(
+      structure, [store.put(arrays[leaf.name], host=leaf.host) for leaf in leaves]
+    )
   return Prefix(method=method, state=state, geometry=geometry, tokens=tokens)
 
 

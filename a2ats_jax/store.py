@@ -102,8 +102,8 @@ class KVStore:
 
 def host_memory() -> bool:
   """Whether the default backend has a host memory that its programs can address."""
-  kinds = {memory.kind for memory in jax.devices()[0].addressable_memories()}
-  return "pinned_host" in kinds
+  kinds = {memory.kind for memory in jax.local_devices()[0].addressable_memories()}
+  return memory_kind(True) in kinds
 
 
 def page_format(*, page: int, dim: int, dtype: DTypeLike) -> PageFormat | None:
@@ -166,6 +166,11 @@ def open_store(
   else:
     pages = _to(jnp.zeros((*shape, 2 * page * head_dim), dtype), host)
   return KVStore(pages, page, host, form, quantised)
+
+
+def memory_kind(host: bool) -> str | None:
+  """The name of host memory, or none for the device's own."""
+  return "pinned_host" if host else None
 
 
 def _to(x: Array | np.ndarray, host: bool) -> Array:

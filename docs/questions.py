@@ -1,4 +1,4 @@
-"""Write questions about a text in the formats of SQuAD 2.0 and HotpotQA, where those are not at hand.
+"""Write questions about a text in the formats of SQuAD 2.0 and HotpotQA, where none are at hand.
 
 RULER's two tasks of questions need such files. These ask for the word that follows eight others in
 one passage, which only that passage can answer. They make the tasks run; their scores compare with

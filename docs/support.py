@@ -23,12 +23,13 @@ BEGIN, END = "<!-- support: begin -->", "<!-- support: end -->"
 OPS = ("page_fetch", "page_write", "paged_decode", "vq_encode", "decode step")
 DEVICES = ("CPU", "TPU v5e", "TPU v5p", "TPU v6e", "TPU7x", "H100")
 SEEN = ("interpreted", "compiled", "ran", "measured")
-# What a device of each column calls itself.
+# What a device of each column calls itself, or begins with; the first that fits.
 KINDS = {
-  "H100": "H100",
+  "NVIDIA H100": "H100",
   "TPU v5 lite": "TPU v5e",
-  "TPU v5p": "TPU v5p",
-  "TPU v6 lite": "TPU v6e",
+  "TPU v5e": "TPU v5e",
+  "TPU v5": "TPU v5p",
+  "TPU v6": "TPU v6e",
   "TPU7x": "TPU7x",
 }
 CHIPS = {"v5e": "TPU v5e", "v5p": "TPU v5p", "v6e": "TPU v6e", "tpu7x": "TPU7x"}
@@ -77,7 +78,7 @@ def ran(rows: Iterable[Line], *, date: str) -> list[Line]:
     if row["what"] == "card":
       held = ", ".join(f"{name} {version}" for name, version in row["versions"].items())
       versions[row["device"]] = f"{row['device']}, {held}"
-    name = next((to for mark, to in KINDS.items() if mark in row["device"]), None)
+    name = next((to for mark, to in KINDS.items() if row["device"].startswith(mark)), None)
     kernel = row["what"] == "kernel" and row["implementation"] != "reference"
     step = row["what"] == "step" and row["method"] != "full"
     if name is None or not (kernel or step):

@@ -303,7 +303,7 @@ def _encode(layer: LayerCase, family: Family, how: dict[str, Any], n: int) -> Ke
   args = (keys, jnp.asarray(whitener), jnp.asarray(whitened))
   return KernelCase(
     op="vq_encode",
-    note=f"{n} keys",
+    note="1 key" if n == 1 else f"{n} keys",
     args=args,
     varied=1,
     shape=vq_encode.shape_of(*args),

@@ -633,6 +633,28 @@ def test_models_from_files(capfd, tmp_path, kind):
   assert row["weights_bytes"] == 4 * sum(tensor.size for tensor in tensors.values())
 
 
+def test_one_of_eight_devices_by_hand(capfd):
+  common = ("--T", 32768, "--batch", 8, "--mesh", "2x4", "--codewords", 1024, "--host-gb", 512)
+  full, row = printed(capfd, *common, "--budget", "1024/kv")
+  # A quarter of all numbers but the norms', of which there are 65 4096; bfloat16.
+  assert full["weights_bytes"] == row["weights_bytes"] == 2 * (8029995008 // 4 + 266240)
+  # 4 rows, 2 KV heads; 2 32 4 2 (32768 + 128) 128 numbers of 2 bytes.
+  assert full["cache_bytes"] == row["host_bytes"] == 2 * 32 * 4 * 2 * 32896 * 128 * 2
+  assert row["moved_bytes"] == 32 * 4 * 2 * 128 * 8192
+  # Twice a layer and once for the vocabulary: 4096 numbers of 4 rows.
+  assert full["collective_bytes"] == row["collective_bytes"] == 65 * 4 * 4096 * 2
+  assert (row["batch"], row["mesh"]) == (8, "2x4")
+  assert row["tokens_per_s"] == pytest.approx(8 / row["ms"] * 1e3)
+  # A row of all devices has 2 32 8 32896 128 2 = 4311744512 bytes of pages: 118.7 of them fit.
+  assert row["max_batch"] == 118
+  code, out, _ = run(capfd, *common)
+  assert code == 0
+  assert "added up with other devices 2.13 MB 2.13 MB" in " ".join(out.split())
+  code, _, err = run(capfd, *common, "--mesh", "3x1")
+  assert code
+  assert "mesh: 8 rows cannot be cut into 3 equal parts" in err
+
+
 def test_host_memory_bounds_the_batch(capfd):
   _, row = printed(capfd, "--host-gb", 256)
   assert row["max_batch"] == 14  # 256e9 / 17196646400 = 14.9

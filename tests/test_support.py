@@ -66,3 +66,8 @@ def test_what_ran_on_a_device():
   assert {line["device"] for line in got} == {"H100"}
   step = where | {"what": "step", "method": "a2ats-plus", "ms": 2.0}
   assert len(support.ran([rows[0], step], date="2026-01-01")) == 2
+  kinds = ("TPU v5 lite", "TPU v5", "TPU v6 lite", "cpu")
+  cards = [(rows[0] | {"device": kind}, step | {"device": kind}) for kind in kinds]
+  found = [support.ran(card, date="2026-01-01") for card in cards]
+  columns = [{line["device"] for line in lines} for lines in found]
+  assert columns == [{"TPU v5e"}, {"TPU v5p"}, {"TPU v6e"}, set()]

@@ -119,6 +119,10 @@ class ActQKVStyle:
     return "actqkv_style"
 
   @property
+  def across_heads(self) -> str:
+    return "a query's measure is the mean over all heads"
+
+  @property
   def needs(self) -> Needs:
     return Needs(queries=self.window, sums=True)
 

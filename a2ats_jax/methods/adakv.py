@@ -94,6 +94,10 @@ class AdaKV:
     return "adakv"
 
   @property
+  def across_heads(self) -> str:
+    return "the heads of a layer share one budget"
+
+  @property
   def needs(self) -> Needs:
     return Needs(queries=self.window)
 

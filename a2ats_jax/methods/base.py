@@ -194,6 +194,16 @@ class Splittable(Protocol):
     ...
 
 
+@runtime_checkable
+class AcrossHeads(Protocol):
+  """A method whose KV heads know of each other, so that no device can hold some of them alone."""
+
+  @property
+  def across_heads(self) -> str:
+    """What they share, as the end of a sentence."""
+    ...
+
+
 def needs_of(method: Method) -> Needs:
   """What a method asks of a prompt; nothing unless it says so."""
   return method.needs if isinstance(method, Observer) else Needs()

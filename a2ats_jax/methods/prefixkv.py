@@ -54,6 +54,10 @@ class PrefixKV:
     return "prefixkv"
 
   @property
+  def across_heads(self) -> str:
+    return "all heads of a layer keep the same tokens"
+
+  @property
   def needs(self) -> Needs:
     return Needs(sums=True)
 

@@ -99,6 +99,10 @@ class ShadowKV:
   def name(self) -> str:
     return "shadowkv"
 
+  @property
+  def across_heads(self) -> str:
+    return "one basis serves the keys of all heads"
+
   def init(self, geometry: Geometry) -> ShadowState:
     g, p = geometry, self.chunk
     lead, count = (g.layers, g.batch, g.kv_heads), -(-g.prompt // p)

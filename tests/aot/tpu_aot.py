@@ -377,7 +377,7 @@ def _compile(program: Program, device: Any):
   return jax.jit(program.run, **how).lower(*inputs).compile()
 
 
-def _calls(text: str) -> dict[str, int]:
+def calls_of(text: str) -> dict[str, int]:
   """How often each kernel is called in a compiled program."""
   pattern = r'%(\w+?)(?:\.\d+)? = [^\n]*custom-call\([^\n]*custom_call_target="tpu_custom_call"'
   found: dict[str, int] = {}
@@ -393,7 +393,7 @@ def _inspect(program: Program, device: Any) -> dict[str, Any]:
   seconds = time.perf_counter() - start
   memory, cost = compiled.memory_analysis(), compiled.cost_analysis() or {}
   text = compiled.as_text()
-  calls = _calls(text)
+  calls = calls_of(text)
   held = (
     memory.argument_size_in_bytes
     + memory.output_size_in_bytes

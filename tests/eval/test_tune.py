@@ -44,7 +44,7 @@ def test_the_checks_take_the_reference_and_nothing_else(family):
   for case in kernels.cases(tune.SMALLEST, family):
     good = case.public(*case.args, implementation="reference")
     assert case.problem(good) is None, case.op
-    if case.note != "1 keys":
+    if case.note != "1 key":
       wrong = jax.tree.map(lambda x: jnp.roll(x, 1, axis=0 if x.ndim == 2 else x.ndim // 2), good)
       assert case.problem(wrong) is not None, case.op
 

@@ -10,9 +10,12 @@ import numpy as np
 import pytest
 
 from a2ats_jax.budget import Budget
+from a2ats_jax.errors import UserError
 from a2ats_jax.methods import registry
-from a2ats_jax.methods.base import needs_of
+from a2ats_jax.methods.base import AcrossHeads, needs_of
 from a2ats_jax.methods.full import Full
+from a2ats_jax.methods.sharded import shard_method
+from a2ats_jax.sharding import make_mesh
 from a2ats_jax.store import KVStore
 from tests import cases
 from tests.methods.examples import EXAMPLES
@@ -204,3 +207,39 @@ def test_memory_is_what_the_docstring_says(name):
       host += store.pages.nbytes
   device = sum(x.nbytes for x in jax.tree.leaves(state)) - host
   assert (device, host) == EXAMPLES[name].bytes(SHAPE.geometry)
+
+
+@pytest.mark.usefixtures("quick_to_compile")
+@pytest.mark.parametrize("name", NAMES)
+def test_over_a_mesh_equals_one_device(name):
+  """A row and a KV head on each of six devices; of methods that mix heads, a row on each of three.
+
+  But for bytes moved, where a device waits for the pages of its own heads alone, and for MagicPIG's
+  bytes read: what its heads share lies on every device.
+  """
+  method = example(name)
+  mixed = isinstance(method, AcrossHeads)
+  if mixed:
+    with pytest.raises(UserError, match=f"{name} cannot be cut over KV heads: .*; cut the batch"):
+      shard_method(method, make_mesh(heads=2))
+  mesh = make_mesh(batch=3, heads=1 if mixed else 2)
+  sharded = shard_method(method, mesh)
+  want, figures, _ = steps_of(method, cases.prefilled(method, drawn()), 0, 16, 8)
+  got, stats, state = steps_of(sharded, cases.prefilled(sharded, drawn()), 0, 16, 8)
+  for one, two in zip(got, want, strict=True):
+    np.testing.assert_allclose(one, two, atol=cases.TOLERANCE, rtol=0)
+  for one, two in zip(stats, figures, strict=True):
+    for field in dataclasses.fields(two):
+      got, want = (np.asarray(getattr(x, field.name)) for x in (one, two))
+      if field.name == "moved":
+        assert np.all(got <= want)
+      elif field.name == "read_bytes" and name == "magicpig":
+        assert np.all(got > want)
+      else:
+        np.testing.assert_allclose(got, want, atol=cases.TOLERANCE, rtol=0, err_msg=field.name)
+  g, heads = SHAPE.geometry, mesh.shape["heads"]
+  part = dataclasses.replace(g, batch=1, heads=g.heads // heads, kv_heads=g.kv_heads // heads)
+  held = {"device": 0, "pinned_host": 0}
+  for x in jax.tree.leaves(state):
+    held[x.sharding.memory_kind] += x.addressable_data(0).nbytes
+  assert tuple(held.values()) == EXAMPLES[name].bytes(part)

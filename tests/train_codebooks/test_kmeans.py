@@ -288,6 +288,36 @@ def test_any_number_of_devices_gives_the_same(tmp_path, devices):
     np.testing.assert_allclose(many, one, rtol=1e-4, atol=1e-4)
 
 
+def test_checkpoints_go_from_mesh_to_mesh(tmp_path):
+  """Each piece of a run on another number of devices than wrote the checkpoint it goes on from."""
+  keys, sizes = clustered(heads=5), {"steps": 12, "lloyd_steps": 3}
+
+  def piece(directory, devices, until):
+    """Both phases, or up to a checkpoint of one of them."""
+    seen = []
+
+    def stop(phase, step, total, **figures):
+      if (phase, step) == until:
+        raise KeyboardInterrupt
+      seen.append((phase, step))
+
+    run = phases(keys, directory, devices, **sizes)
+    run.progress, run.save_seconds = stop, 0.0
+    codewords, losses = run.adam(seeds)
+    return seen, losses, run.lloyd("lloyd", codewords)
+
+  seeds = phases(keys, tmp_path / "seeds", **sizes).seed()
+  _, losses, want = piece(tmp_path / "whole", 1, None)
+  for devices, until in ((8, ("adam", 4)), (1, ("adam", 8)), (4, ("lloyd", 2))):
+    with pytest.raises(KeyboardInterrupt):
+      piece(tmp_path / "pieces", devices, until)
+  seen, resumed, got = piece(tmp_path / "pieces", 2, None)
+  assert seen[:2] == [("adam", 12), ("lloyd", 2)]  # nothing was done again
+  np.testing.assert_allclose(resumed, losses, rtol=1e-4)
+  np.testing.assert_allclose(got.codewords, want.codewords, rtol=1e-4, atol=1e-4)
+  np.testing.assert_allclose(got.losses, want.losses, rtol=1e-4)
+
+
 def test_heads_are_spread_over_the_devices():
   heads = Heads.over(5, jax.local_devices())
   x = heads.put(np.arange(10.0, dtype=np.float32).reshape(5, 2))
