@@ -96,7 +96,7 @@ class OverSequence:
     return dataclasses.replace(method, split=Split(AXIS, self.mesh.shape[AXIS]))
 
   def _map(self, f: Any, in_specs: Any, out_specs: Any) -> Any:
-    # Unchecked: every loop in a method would have to say which of what it carries differs.
+    # Unchecked: else every loop of a method would have to say what of its state differs by device.
     return jax.shard_map(f, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
 

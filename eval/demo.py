@@ -59,7 +59,7 @@ def demo(
   model = load_model(MODEL, cache, note)
   note(
     f"training codebooks of {TRAINING.codewords} codewords on {TRAINING.tokens} tokens "
-    f"({model.config.global_layers} layers x {model.config.kv_heads} KV heads)"
+    f"({model.config.layers} layers x {model.config.kv_heads} KV heads)"
   )
   book = train(model, TRAINING, out / "codebooks", progress=progress)
   held_out = pydoc_held_out()

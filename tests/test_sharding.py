@@ -15,8 +15,8 @@ import safetensors.numpy
 from flax import nnx
 from jax.sharding import PartitionSpec
 
+from a2ats_jax import forward, plan
 from a2ats_jax import generate as loops
-from a2ats_jax import plan
 from a2ats_jax.budget import Budget
 from a2ats_jax.codebook import make_codebook
 from a2ats_jax.errors import UserError
@@ -39,8 +39,8 @@ PAGE = Path(__file__).parent.parent / "docs/sharding.md"
 PROMPTS = (70, 33, 12, 64)
 NEW = 24
 # Beside these, tests/methods/test_every_method.py holds the attention of every method to the same.
+QUANTISED = "a2ats-plus:window=6:sinks=2:page=4:bits=8"  # in two processes
 METHODS = {
-  "a2ats-plus, 8 bits": "a2ats-plus:window=6:sinks=2:page=4:bits=8",
   "snapkv": "snapkv:window=5:kernel=3",  # needs the last queries
   "h2o": "h2o",  # needs attention sums
 }
@@ -70,7 +70,7 @@ def test_generates_what_one_device_generates(text):
   decoder, method = tiny.tiny_model(), built(text)
   want = made(decoder, method)
   assert len(set(want.flatten().tolist())) > 20
-  programs = (loops._prefill_layer, loops.decode_block)
+  programs = (forward.layer_over_prompt, loops.decode_block)
   before = [program._cache_size() for program in programs]
   mesh = make_mesh(batch=2, heads=2)
   got = made(shard_decoder(decoder, mesh), shard_method(method, mesh))
@@ -99,7 +99,8 @@ def test_two_processes_generate_what_one_device_generates(tmp_path):
             stderr=written,
           )
         )
-    want = made(tiny.tiny_model(), built(METHODS["a2ats-plus, 8 bits"]))
+    want = made(tiny.tiny_model(), built(QUANTISED))
+    assert len(set(want.flatten().tolist())) > 20
     for child, log in zip(children, logs):
       assert child.wait(timeout=300) == 0, log.read_text()
   finally:
@@ -189,7 +190,7 @@ def test_what_devices_say_does_not_grow_with_the_context():
   """Twice a layer a hidden state of every row; a cut vocabulary once more."""
   for tokens, vocab in ((64, 97), (512, 97), (64, 96)):
     config = tiny.tiny_config(vocab=vocab)
-    shape = loops.geometry_of(config, batch=4, prompt=tokens, new=8)
+    shape = forward.geometry_of(config, batch=4, prompt=tokens, new=8)
     mesh = make_mesh(batch=2, heads=2)
     step, _ = lower_step(config, Full(), shape, mesh, dtype=jnp.float32)
     found = collectives(step.compile().as_text(), layers=3)
@@ -205,7 +206,7 @@ def test_what_a_mesh_cannot_cut():
     shard_decoder(decoder, mesh)
   with pytest.raises(UserError, match="codebooks of 2 KV heads cannot be cut into 4"):
     shard_method(built("a2ats"), mesh)
-  shape = loops.geometry_of(decoder.config, batch=3, prompt=8, new=1)
+  shape = forward.geometry_of(decoder.config, batch=3, prompt=8, new=1)
   with pytest.raises(UserError, match="3 rows cannot be cut into 2 equal parts"):
     shard_method(Full(), make_mesh(batch=2)).init(shape)
   with pytest.raises(UserError, match="2 KV heads cannot be cut into 4 equal parts"):

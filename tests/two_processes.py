@@ -26,13 +26,13 @@ def main(process: int, port: int, out: str) -> None:
   from a2ats_jax.models.sharded import shard_decoder
   from a2ats_jax.sharding import make_mesh
   from tests import tiny
-  from tests.test_sharding import METHODS, built, made
+  from tests.test_sharding import QUANTISED, built, made
 
   assert (jax.process_count(), jax.device_count(), len(jax.local_devices())) == (2, 4, 2)
   own, other = jax.devices()[:2], jax.devices()[2:]
   # The KV heads of a row lie in different processes.
   mesh = make_mesh(batch=2, heads=2, devices=[own[0], other[0], own[1], other[1]])
-  decoder, method = tiny.tiny_model(), built(METHODS["a2ats-plus, 8 bits"])
+  decoder, method = tiny.tiny_model(), built(QUANTISED)
   np.save(out, made(shard_decoder(decoder, mesh), shard_method(method, mesh)))
 
 

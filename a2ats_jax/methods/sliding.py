@@ -68,7 +68,8 @@ class Sliding:
       q, jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2), self._sees(positions, positions)
     )
     out = attention.finish(attention.merge([old, new])).astype(q.dtype)
-    # Of more tokens than slots the latest stay; written when the old ones are read.
+    # Of more tokens than slots the latest stay, for a scatter has no order; written when the old
+    # ones are read.
     stays = valid & (positions > jnp.max(positions, axis=1, keepdims=True) - self.window)
     slots = jnp.where(stays, positions % self.window, -1)
     out, k, v = jax.lax.optimization_barrier((out, k, v))

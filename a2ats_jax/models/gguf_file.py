@@ -164,7 +164,7 @@ def _config(
     if any(get(f"{name}_logit_softcapping", float, 0.0) for name in ("attn", "final")):
       raise UserError(f"{source}: soft-capped logits are not supported")
     # The file does not say it: the model of 62 layers, 27B, scales by width and not by head size.
-    scalar = width / heads if layers == 62 else float(head_dim)
+    scalar = width / max(heads, 1) if layers == 62 else float(head_dim)
     options = gemma3_options(width, head_dim, scalar)
     if window:
       local = LocalLayers(

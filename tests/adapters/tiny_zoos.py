@@ -31,13 +31,16 @@ class Zoo:
 
   Attributes:
     forward: logits of the zoo's own forward pass, ``[B, T, V]``, without padding.
-    sample: greedy tokens of the zoo's own sampler after prompts of different lengths.
+    sample: greedy tokens of the zoo's own sampler after prompts of different lengths; 0 after a
+      token that ends a row.
+    seed: of prompts after which no row ends.
   """
 
   adapted: Any
   forward: Callable[[np.ndarray], np.ndarray]
   sample: Callable[[list[list[int]], int], list[list[int]]]
   vocab: int = VOCAB
+  seed: int = 1
 
 
 def random_like(tree: Any, scale: float = 0.4) -> Any:
@@ -170,7 +173,7 @@ def gemma(model: Any = None, params: Any = None) -> Zoo:
     out = sampler.sample(texts, max_new_tokens=new, return_state=True)
     return np.asarray(out.tokens).tolist()
 
-  return Zoo(from_gemma(model, params), forward, sample, vocab=14)
+  return Zoo(from_gemma(model, params), forward, sample, vocab=14, seed=3)
 
 
 def installed(name: str) -> Any:

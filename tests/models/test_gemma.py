@@ -91,6 +91,7 @@ def test_what_gemma_files_leave_out(tmp_path):
     ({"layer_types": ["full_attention", "sliding_attention"] * 2}, "layer_types must be one"),
     ({"layer_types": ["sliding_attention"] * 4}, "at least the 5 layers of a period, got 4"),
     ({"sliding_window": None}, "sliding_window is missing"),
+    ({"query_pre_attn_scalar": 0}, "query_pre_attn_scalar must be above 0, got 0.0"),
     (
       {"rope_parameters": {"full_attention": {}, "sliding_attention": {"rope_type": "yarn"}}},
       "rope type 'yarn' of local layers",
