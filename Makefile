@@ -10,8 +10,9 @@ READY := .venv/.ready
 demo: $(READY)
 	$(BIN)/a2ats demo
 
+# In as many processes as there are cores, four at most; a file stays in one, whose compiled programs its tests share.
 test: $(READY)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 # Lint, format and types, as CI runs them.
 check: $(READY)

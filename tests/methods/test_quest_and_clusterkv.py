@@ -129,7 +129,7 @@ def test_clusterkv_leaves_nothing_out_where_a_prompt_is_shorter_than_the_sinks()
     (CLUSTER, cluster_reads, True, {"clusters": 3}),
     (CLUSTER, cluster_reads, True, {"sinks": 3}),
   ],
-  ids=str,
+  ids=["quest-page", "quest-budget", "clusterkv-budget", "clusterkv-clusters", "clusterkv-sinks"],
 )
 def test_wrong_options_are_caught(method, reads, shared, wrong):
   cache = cases.draw_cache(SHAPE, seed=0, lengths=[40, 35, 31])
