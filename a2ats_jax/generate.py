@@ -25,6 +25,30 @@ BLOCK = 16  # tokens made on the device between two looks at them
 Progress = Callable[[int, int], None]  # (done, of)
 
 
+def padded(
+  prompts: Sequence[Sequence[int]], vocab: int
+) -> tuple[Int[np.ndarray, "B T"], Int[np.ndarray, "B"]]:
+  """Prompts as one array, padded on the right to one of few widths, and their lengths.
+
+  Raises:
+    UserError: no prompt, an empty one, or a token outside the vocabulary.
+  """
+  if not prompts:
+    raise UserError("prompt: expected at least one, got none")
+  lengths = np.asarray([len(p) for p in prompts], np.int32)
+  if lengths.min() == 0:
+    raise UserError(f"prompt: row {int(lengths.argmin())} is empty, expected at least one token")
+  ids = [token for prompt in prompts for token in prompt]
+  if min(ids) < 0 or max(ids) >= vocab:
+    raise UserError(f"prompt: token ids must lie in [0, {vocab}), got {min(ids)} to {max(ids)}")
+  longest = int(lengths.max())
+  chunk = chunk_of(longest, CHUNK)
+  tokens = np.zeros((len(prompts), chunk * -(-longest // chunk)), np.int32)
+  for row, prompt in zip(tokens, prompts):
+    row[: len(prompt)] = prompt
+  return tokens, lengths
+
+
 def pad_prompts(
   prompts: Sequence[Sequence[int]], config: ModelConfig, *, new: int
 ) -> tuple[Int[np.ndarray, "B T"], Int[np.ndarray, "B"]]:
@@ -34,27 +58,12 @@ def pad_prompts(
     UserError: no prompt, an empty one, a token outside the vocabulary, or one that with ``new``
       tokens exceeds the model's context.
   """
-  if not prompts:
-    raise UserError("prompt: expected at least one, got none")
-  lengths = np.asarray([len(p) for p in prompts], np.int32)
-  if lengths.min() == 0:
-    raise UserError(f"prompt: row {int(lengths.argmin())} is empty, expected at least one token")
+  tokens, lengths = padded(prompts, config.vocab)
   if int(lengths.max()) + new > config.context:
     raise UserError(
       f"prompt: {int(lengths.max())} tokens and {new} new ones exceed the model's context "
       f"of {config.context}"
     )
-  ids = [token for prompt in prompts for token in prompt]
-  if min(ids) < 0 or max(ids) >= config.vocab:
-    raise UserError(
-      f"prompt: token ids must lie in [0, {config.vocab}), got {min(ids)} to {max(ids)}"
-    )
-  longest = int(lengths.max())
-  chunk = chunk_of(longest, CHUNK)
-  width = chunk * -(-longest // chunk)
-  tokens = np.zeros((len(prompts), width), np.int32)
-  for row, prompt in zip(tokens, prompts):
-    row[: len(prompt)] = prompt
   return tokens, lengths
 
 

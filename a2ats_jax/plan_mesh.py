@@ -33,9 +33,11 @@ class Cut:
     :func:`a2ats_jax.models.sharded.shard_decoder`.
 
     Raises:
-      UserError: rows or KV heads that the mesh does not divide.
+      UserError: rows or KV heads that the mesh does not divide, or a model with local layers.
     """
     c, parts = case.config, self.heads
+    if self.devices > 1 and c.local is not None:
+      raise UserError("mesh: models with local layers cannot be cut over a mesh yet")
     for what, size, into in (("rows", case.batch, self.batch), ("KV heads", c.kv_heads, parts)):
       if size % into:
         raise UserError(f"mesh: {size} {what} cannot be cut into {into} equal parts")

@@ -164,11 +164,10 @@ def _padded(
   """Questions as one array of whole pieces, and their lengths, if the prefix can take them."""
   g = prefix.geometry
   mine = geometry_of(config, batch=1, prompt=g.prompt, new=g.new)
-  if dataclasses.replace(g, dtype=mine.dtype) != mine:
-    shapes = (f"{x.layers} x {x.heads} x {x.kv_heads} x {x.head_dim}" for x in (g, mine))
-    raise UserError(
-      "prefix: layers, heads, KV heads and head size are {}, this model has {}".format(*shapes)
-    )
+  names = ("layers", "heads", "kv_heads", "head_dim", "local_layers", "window")
+  if differ := [name for name in names if getattr(g, name) != getattr(mine, name)]:
+    shapes = (", ".join(f"{name} {getattr(x, name)}" for name in differ) for x in (g, mine))
+    raise UserError("prefix: made for {}; this model has {}".format(*shapes))
   if not questions or min(map(len, questions)) == 0:
     raise UserError("prefix: expected questions of at least one token each")
   longest = max(map(len, questions))

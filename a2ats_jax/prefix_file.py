@@ -21,6 +21,7 @@ from a2ats_jax.methods.base import Geometry, Method
 from a2ats_jax.methods.layout import layout
 from a2ats_jax.methods.sharded import Sharded, unsharded
 from a2ats_jax.prefix import Prefix
+from a2ats_jax.sequence import OverSequence
 
 FORMAT = "a2ats-prefix"
 VERSION = 1
@@ -29,15 +30,25 @@ _TOKENS = "tokens"
 
 
 def method_identity(method: Method) -> dict[str, str]:
-  """A method's name and options as text; of arrays and of what is long, a hash; of no mesh."""
+  """A method's name and options as text; of arrays and of what is long, a hash.
+
+  On which devices its state lies is none of them.
+  """
   method = unsharded(method)
   found = {"name": method.name}
   for field in dataclasses.fields(method):  # pyrefly: ignore[bad-argument-type]  all are
+    if field.name == "split":
+      continue
     value = getattr(method, field.name)
     arrays = [x for x in jax.tree.leaves(value) if isinstance(x, jax.Array | np.ndarray)]
     text = repr(value) if not arrays else _hash("", {str(i): x for i, x in enumerate(arrays)})
     found[field.name] = text if len(text) < 100 else hashlib.sha256(text.encode()).hexdigest()
   return found
+
+
+def _check_place(method: Method) -> None:
+  if isinstance(method, OverSequence):
+    raise UserError("prefix: a state that is split along its tokens cannot be saved or loaded yet")
 
 
 def _hash(header: str, arrays: Mapping[str, Any]) -> str:
@@ -61,8 +72,12 @@ def save_prefix(path: Path, prefix: Prefix, *, fingerprint: str) -> None:
     fingerprint: identity of the model, such as ``Model.fingerprint``.
 
   Raises:
-    UserError: the file cannot be written; an old one is untouched.
+    UserError: the file cannot be written, in which case an old one is untouched; or the state is
+      split along its tokens, or lies over several processes.
   """
+  _check_place(prefix.method)
+  if not all(x.is_fully_addressable for x in jax.tree.leaves(prefix.state)):
+    raise UserError("prefix: a state that lies over several processes cannot be saved yet")
   leaves, _ = layout(unsharded(prefix.method), prefix.geometry)
   arrays = {
     leaf.name: np.ascontiguousarray(x).reshape(leaf.shape)
@@ -103,6 +118,7 @@ def load_prefix(path: Path, method: Method, *, fingerprint: str) -> Prefix:
     UserError: no such file, not a prefix, of an unknown version, of another model, method, options
       or shape, or damaged; the message names what differs and holds both values.
   """
+  _check_place(method)
   where = f"prefix {path}"
   try:
     with safetensors.safe_open(path, framework="numpy") as file:

@@ -33,7 +33,7 @@ class OverSequence:
 
   Attributes:
     method: :class:`a2ats_jax.methods.base.Splittable`: full attention or A2ATS.
-    mesh: has an axis ``sequence``.
+    mesh: of one axis, ``sequence``.
   """
 
   method: Method
@@ -44,9 +44,9 @@ class OverSequence:
       raise UserError(
         f"sequence: expected full attention or A2ATS to split over devices, got {self.method.name}"
       )
-    if AXIS not in self.mesh.axis_names:
+    if self.mesh.axis_names != (AXIS,):
       raise UserError(
-        f"sequence: expected a mesh with an axis {AXIS!r}, got {', '.join(self.mesh.axis_names)}"
+        f"sequence: expected a mesh of one axis, {AXIS!r}, got {', '.join(self.mesh.axis_names)}"
       )
 
   @property

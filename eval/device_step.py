@@ -76,6 +76,8 @@ class StepOptions:
         "device: expected prompts of at least 2 tokens, batches and rounds of at least 1, got "
         f"{self.T}, {self.batch} and {self.rounds}"
       )
+    if self.config.local is not None:
+      raise UserError("device: models with local layers (Gemma 3) cannot be timed yet")
 
   @property
   def new(self) -> int:

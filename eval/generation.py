@@ -24,12 +24,12 @@ from a2ats_jax.generate import Rows, advance, pad_prompts
 from a2ats_jax.methods.base import Method
 from a2ats_jax.models.model import Model
 from a2ats_jax.sampling import Sampling
+from a2ats_jax.sharding import committed
 from a2ats_jax.typing import Float, Int
 from eval import harness, metrics, plots, texts
 from eval.buckets import Buckets, Span
 from eval.decode import block_of, fed_block
 from eval.follow import follow, rows_by_bucket
-from eval.lanes import committed
 from eval.options import Case, CommonOptions, Progress, cases_of, check_context, config_of
 from eval.recall import Probe, asked, can_be_asked
 from eval.record import Recording, record, replay

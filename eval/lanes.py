@@ -7,6 +7,7 @@ import jax
 import numpy as np
 
 from a2ats_jax.methods.base import State
+from a2ats_jax.sharding import committed
 from a2ats_jax.typing import Array
 from eval.decode import bytes_of, figures_of
 from eval.options import Case
@@ -14,12 +15,6 @@ from eval.results import Row
 from eval.timing import Tick, interleaved
 
 Step = Callable[[State, tuple[Array, ...]], tuple[Array, State, Any]]
-
-
-def committed(tree: Any) -> Any:
-  """The same arrays, bound to where they are, as what a compiled step returns is."""
-  leaves, structure = jax.tree.flatten(tree)
-  return jax.tree.unflatten(structure, jax.device_put(leaves, [x.sharding for x in leaves]))
 
 
 class Program:

@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from a2ats_jax.generate import Progress, geometry_of, prefill
+from a2ats_jax.forward import geometry_of
+from a2ats_jax.generate import Progress, prefill
 from a2ats_jax.methods import caches
 from a2ats_jax.methods.base import Geometry, Method, Needs, PromptLayer, State, needs_of
 from a2ats_jax.methods.dense import DenseCache

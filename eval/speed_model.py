@@ -15,7 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from a2ats_jax import attention
-from a2ats_jax.generate import decode_step, geometry_of
+from a2ats_jax.forward import geometry_of
+from a2ats_jax.generate import decode_step
 from a2ats_jax.methods import dense
 from a2ats_jax.methods.base import Geometry, Method, PromptLayer, State, Stats
 from a2ats_jax.methods.layout import fork

@@ -18,8 +18,11 @@ from a2ats_jax.codebook import save_codebooks
 from a2ats_jax.errors import UserError
 from a2ats_jax.generate import generate
 from a2ats_jax.methods.full import Full
+from a2ats_jax.methods.sharded import shard_method
 from a2ats_jax.methods.streaming import Streaming
+from a2ats_jax.prefix_file import load_prefix
 from a2ats_jax.sequence import OverSequence
+from a2ats_jax.sharding import make_mesh
 from tests import cases
 from tests.eval import tiny as eval_tiny
 from tests.sequence_cases import CACHES, PROMPT, SHAPE, draw, method_of, run
@@ -158,8 +161,13 @@ def test_what_cannot_be_split_is_refused():
     UserError, match="full attention or A2ATS to split over devices, got streaming"
   ):
     OverSequence(Streaming(budget=Budget(tokens=4)), mesh())
-  with pytest.raises(UserError, match="expected a mesh with an axis 'sequence', got rows"):
+  with pytest.raises(UserError, match="expected a mesh of one axis, 'sequence', got rows"):
     OverSequence(Full(), jax.make_mesh((DEVICES,), ("rows",)))
+  over = OverSequence(Full(), mesh())
+  with pytest.raises(UserError, match="expected a method on one device, got full over a mesh"):
+    shard_method(over, make_mesh(batch=DEVICES))
+  with pytest.raises(UserError, match="split along its tokens cannot be saved or loaded"):
+    load_prefix(Path("none"), over, fingerprint="")
 
 
 def test_the_page_runs(tmp_path, monkeypatch):

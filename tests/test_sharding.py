@@ -218,6 +218,12 @@ def test_what_a_mesh_cannot_cut():
   case = plan.Case(config=decoder.config, batch=3, prompt=8, new=1)
   with pytest.raises(UserError, match="3 rows cannot be cut into 2 equal parts"):
     Cut(2, 1).part(case)
+  gemma = tiny.tiny_config("gemma3")
+  with pytest.raises(UserError, match="models with local layers cannot be cut"):
+    Cut(2, 1).part(dataclasses.replace(case, config=gemma, batch=2))
+  shape = forward.geometry_of(gemma, batch=2, prompt=8, new=1)
+  with pytest.raises(UserError, match="models with local layers cannot be cut"):
+    shard_method(Full(), make_mesh(batch=2)).init(shape)
 
 
 def test_weights_lie_where_they_are_used():

@@ -14,14 +14,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from a2ats_jax.errors import UserError
-from a2ats_jax.generate import Rows, begin, checked_streams, committed
+from a2ats_jax.generate import Rows, begin, checked_streams, padded
 from a2ats_jax.methods import caches
 from a2ats_jax.methods.base import Geometry, Method, State
 from a2ats_jax.methods.full import Full
 from a2ats_jax.methods.sliding import Sliding
-from a2ats_jax.prompt import Projected, chunk_of, prefill_by_chunks
+from a2ats_jax.prompt import Projected, prefill_by_chunks
 from a2ats_jax.rope import Rope, RopeConfig, make_rope
 from a2ats_jax.sampling import Sampling, sample
+from a2ats_jax.sharding import committed
 from a2ats_jax.typing import Array, Float, Int, Key
 
 
@@ -126,28 +127,6 @@ class Adapted:
       return method, make_rope(self.rope)
     assert self.local_rope is not None
     return Sliding(window=self.window), make_rope(self.local_rope)
-
-
-def pad_prompts(
-  prompts: Sequence[Sequence[int]], vocab: int
-) -> tuple[Int[np.ndarray, "B T"], Int[np.ndarray, "B"]]:
-  """Prompts as one array, padded on the right to few different widths, and their lengths.
-
-  Raises:
-    UserError: no prompt, an empty one, or a token outside the vocabulary.
-  """
-  lengths = np.asarray([len(prompt) for prompt in prompts], np.int32)
-  if not len(lengths) or lengths.min() == 0:
-    raise UserError(f"prompt: expected one or more, none of them empty, got lengths {lengths}")
-  chunk = chunk_of(int(lengths.max()))
-  tokens = np.zeros((len(prompts), chunk * -(-int(lengths.max()) // chunk)), np.int32)
-  for row, prompt in zip(tokens, prompts):
-    row[: len(prompt)] = prompt
-  if tokens.min() < 0 or tokens.max() >= vocab:
-    raise UserError(
-      f"prompt: token ids must lie in [0, {vocab}), got {tokens.min()} to {tokens.max()}"
-    )
-  return tokens, lengths
 
 
 @partial(jax.jit, donate_argnames=("state", "x"))
@@ -306,7 +285,7 @@ def generate(
     UserError: no prompt, an empty one, a token outside the vocabulary, or a number out of range.
   """
   streams = checked_streams(len(prompts), new=new, seed=seed, streams=streams)
-  tokens, lengths = pad_prompts(prompts, model.vocab)
+  tokens, lengths = padded(prompts, model.vocab)
   logits, state = prefill(model, method, tokens, lengths, new=new)
   draws = {"sampling": sampling, "stop": stop, "seed": seed, "streams": streams}
   first, made = begin(logits, state, lengths, new=new, **draws)

@@ -229,10 +229,12 @@ def shard_method(method: Method, mesh: Mesh) -> Sharded:
   """A method that keeps and reads its cache over a mesh, its codebooks put there.
 
   Raises:
-    UserError: KV heads are to be cut, and the method's know of each other, or its codebooks have a
-      number of them that the mesh does not divide.
+    UserError: the method lies over a mesh already; or KV heads are to be cut, and the method's know
+      of each other, or its codebooks have a number of them that the mesh does not divide.
   """
   parts = mesh.shape[HEADS]
+  if hasattr(method, "mesh"):
+    raise UserError(f"mesh: expected a method on one device, got {method.name} over a mesh already")
   if parts > 1 and isinstance(method, AcrossHeads):
     raise UserError(
       f"mesh: {method.name} cannot be cut over KV heads: {method.across_heads}; cut the batch only"

@@ -70,7 +70,7 @@ def read(path: Path, *, kind: str) -> list[dict[str, Any]]:
   try:
     held = json.loads(path.read_text(encoding="utf-8"))
     found, lines = (held["format"], held["version"], held["device"]), held["tiles"]
-    whole = all(line["tiles"].keys() and key_of(line) for line in lines)
+    whole = all(line["tiles"].keys() and hash(key_of(line)) is not None for line in lines)
   except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
     raise _refused(path, f"damaged: {type(e).__name__}: {e}") from None
   if not whole or found != (FORMAT, VERSION, kind):

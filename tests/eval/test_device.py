@@ -16,7 +16,7 @@ from a2ats_jax.methods.base import Geometry
 from a2ats_jax.models.decoder import Decoder
 from a2ats_jax.plan_known import find_model
 from a2ats_jax.rope import make_rope
-from eval import device_step
+from eval import device, device_step, kernels, tune
 from eval.speed_attention import absorb
 
 pytestmark = pytest.mark.usefixtures("quick_to_compile")
@@ -49,6 +49,27 @@ def test_the_small_form_reports_everything(tmp_path, capsys):
   assert paged["host_bytes"] > 0
   assert full["host_bytes"] == 0
   assert list((tmp_path / "trace").rglob("*.xplane.pb"))
+
+
+@pytest.mark.parametrize("wrong", [0.0, 0.1])
+def test_a_kernel_is_held_to_its_op(wrong, monkeypatch):
+  """Stand-ins for a kernel that this machine could not run: the op itself, and one that is off."""
+  able = dataclasses.replace(device._OPS["paged_decode"]["gpu"], hindrances=lambda *_: [])
+  monkeypatch.setattr(device, "_OPS", {"paged_decode": {"gpu": able}})
+  case = next(case for case in kernels.cases(tune.SMALLEST, "gpu") if case.op == "paged_decode")
+
+  def public(*args, implementation):
+    part = case.public(*args, implementation="reference")
+    return dataclasses.replace(part, out=part.out + (wrong if implementation == "gpu" else 0.0))
+
+  rates = {"host to device": 1.0, "device to device": 1.0}
+  kernel, reference = device._run(
+    dataclasses.replace(case, public=public), "gpu", "gpu", rates, rounds=1, repeat=1
+  )
+  assert kernel["ok"] is not bool(wrong)
+  assert ("problem" in kernel, "ms" in kernel) == (bool(wrong), not wrong)
+  assert "ok" not in reference
+  assert reference["ms"] > 0
 
 
 def _options(**changes):
