@@ -11,7 +11,7 @@ import pytest
 
 from a2ats_jax import A2ATS, Budget, UserError, make_codebook
 from a2ats_jax.adapters import decode_step, generate, keys_and_queries, prefill
-from a2ats_jax.adapters.adapted import pad_prompts
+from a2ats_jax.generate import padded
 from a2ats_jax.methods.full import Full
 from tests.adapters import tiny_zoos
 
@@ -54,7 +54,7 @@ def method(zoo):
 
 
 def test_a_prompt_has_the_zoos_logits(zoo, prompts):
-  tokens, lengths = pad_prompts(prompts, zoo.vocab)
+  tokens, lengths = padded(prompts, zoo.vocab)
   logits, _ = prefill(zoo.adapted, Full(), tokens, lengths, new=1)
   want = np.stack([np.asarray(zoo.forward(np.asarray([p])))[0, -1] for p in prompts])
   np.testing.assert_allclose(logits, want, atol=1e-4 * np.abs(want).max())
@@ -80,7 +80,7 @@ def test_budget_one_makes_the_tokens_of_the_zoos_sampler(zoo, prompts, method):
 def test_a_small_budget_reads_what_the_reference_reads(zoo, prompts, method):
   """Logits of a step, beside those of the slow definition and of full attention."""
   small = dataclasses.replace(method, budget=Budget(tokens=2), window=2, sinks=1)
-  tokens, lengths = pad_prompts(prompts, zoo.vocab)
+  tokens, lengths = padded(prompts, zoo.vocab)
   made = []
   for one in (small, small.reference, method):
     _, state = prefill(zoo.adapted, one, tokens, lengths, new=2)
@@ -173,5 +173,5 @@ def test_a_query_scale_that_is_not_the_head_sizes():
   model, tokens = gm.nn.Transformer(config=config, dtype=np.float32), np.asarray([[2, 5, 9, 4]])
   shapes = jax.eval_shape(model.init, jax.random.key(0), tokens)["params"]
   zoo = tiny_zoos.gemma(model, tiny_zoos.random_like(shapes))
-  logits, _ = prefill(zoo.adapted, Full(), *pad_prompts(tokens.tolist(), 14), new=1)
+  logits, _ = prefill(zoo.adapted, Full(), *padded(tokens.tolist(), 14), new=1)
   np.testing.assert_allclose(logits, zoo.forward(tokens)[:, -1], atol=1e-4)
