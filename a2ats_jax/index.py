@@ -18,6 +18,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
+from a2ats_jax.ops.lookup import lookup
 from a2ats_jax.split import WHOLE, Split
 from a2ats_jax.typing import Array, Bool, Float, Int
 
@@ -329,7 +330,7 @@ def selected(
   """The slots whose tokens are read: rank below what is taken of the slot's cell."""
   b, kv_heads, count = taken.shape
   flat = cells.reshape(b, kv_heads, -1)
-  limit = jnp.take_along_axis(taken, jnp.minimum(flat, count - 1), axis=-1).reshape(cells.shape)
+  limit = lookup(taken, jnp.minimum(flat, count - 1)).reshape(cells.shape)
   return (ranks < limit) & (cells < count)
 
 
@@ -408,7 +409,7 @@ def pages_of(pages: PageCells, taken: Int[Array, "B K cells"]) -> Bool[Array, "B
   begun = jnp.cumsum(here.astype(jnp.int32), axis=-1)
 
   def at(x: Array, cell: Array) -> Array:
-    return jnp.take_along_axis(x, jnp.minimum(cell, count - 1), axis=-1)
+    return lookup(x, jnp.minimum(cell, count - 1))
 
   goes_on = (pages.first < count) & (pages.skip < at(taken, pages.first))
   begins = at(begun, pages.last) > at(begun, pages.first)

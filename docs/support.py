@@ -20,7 +20,7 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 RECORD = ROOT / "docs" / "support.jsonl"
 BEGIN, END = "<!-- support: begin -->", "<!-- support: end -->"
-OPS = ("page_fetch", "page_write", "paged_decode", "vq_encode", "decode step")
+OPS = ("page_fetch", "page_write", "paged_decode", "vq_encode", "lookup", "decode step")
 DEVICES = ("CPU", "TPU v5e", "TPU v5p", "TPU v6e", "TPU7x", "H100")
 SEEN = ("interpreted", "compiled", "ran", "measured")
 # What a device of each column calls itself, or begins with; the first that fits.

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from a2ats_jax import store
-from a2ats_jax.ops import page_fetch, page_write, paged_decode, stored_tiles, vq_encode
+from a2ats_jax.ops import lookup, page_fetch, page_write, paged_decode, stored_tiles, vq_encode
 from eval.kernels import KernelCase, LayerCase, cases, said
 from eval.options import Progress
 from eval.results import Row
@@ -28,6 +28,7 @@ _OPS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     "page_fetch": page_fetch.IMPLEMENTATIONS,
     "paged_decode": paged_decode.IMPLEMENTATIONS,
     "vq_encode": vq_encode.IMPLEMENTATIONS,
+    "lookup": lookup.IMPLEMENTATIONS,
   }
 )
 

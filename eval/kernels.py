@@ -19,14 +19,15 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from a2ats_jax import store
 from a2ats_jax.attention import Part
 from a2ats_jax.errors import UserError
-from a2ats_jax.ops import page_fetch, paged_decode, stored_tiles, vq_encode
+from a2ats_jax.ops import lookup, page_fetch, paged_decode, stored_tiles, vq_encode
 from a2ats_jax.ops.pages import BytePages, FloatPages
-from a2ats_jax.ops.tiles import DecodeTiles, EncodeTiles, FetchTiles, PageFormat
+from a2ats_jax.ops.tiles import DecodeTiles, EncodeTiles, FetchTiles, LookupTiles, PageFormat
 from a2ats_jax.typing import Array
 
 Family = Literal["tpu", "gpu"]
 SUMS = 2e-5  # of up to some thousand products of size one, in two orders
 ROUNDED = 2.0**-8  # weights in bfloat16, against a running peak here and the last one there
+SEGMENTS = 8  # of a2ats-plus
 NEAR_TIE = 1e-5  # how far below the best a code may score, in parts of |k L| |c L|
 
 
@@ -147,6 +148,7 @@ def cases(layer: LayerCase, family: Family, *, interpret: bool = False) -> list[
   found.append(_encode(layer, family, how, layer.keys))
   if family == "tpu":
     found.append(_encode(layer, family, how, layer.batch))  # on a GPU a step has too few
+    found.append(_lookup(layer, how))  # there is none for a GPU
   if family == "tpu" or not interpret:  # the GPU interpreter takes no array of host memory
     found.append(_fetch(layer, family, how, host=True))
   return found
@@ -314,6 +316,38 @@ def _encode(layer: LayerCase, family: Family, how: dict[str, Any], n: int) -> Ke
     traffic=sum(x.nbytes for x in args) + 2 * n * kv_heads,
     yardstick="device to device",
     problem=lambda got: _worse(args, np.asarray(got), np.asarray(reference(*args))),
+  )
+
+
+def _lookup(layer: LayerCase, how: dict[str, Any]) -> KernelCase:
+  """What is taken of the first cell of every page, as ``index.pages_of`` asks."""
+  rng = np.random.default_rng(3)
+  heads, numbers = (layer.batch * layer.kv_heads, 1), SEGMENTS * layer.codewords
+  tables = rng.integers(0, 1 << 20, (*heads, numbers), dtype=np.int32)
+  places = np.sort(rng.integers(0, numbers, (*heads, layer.pages), dtype=np.int32), axis=-1)
+  chosen = LookupTiles.of(numbers=numbers)
+
+  def kernel(tables: Array, places: Array, tiles: Any) -> Array:
+    return lookup.tpu.lookup(tables, places, tiles=tiles, **how)
+
+  def problem(got: Array) -> str | None:
+    wrong = int((np.asarray(got) != np.take_along_axis(tables, places, axis=-1)).sum())
+    return f"{wrong} of {places.size} numbers differ" if wrong else None
+
+  args = (jnp.asarray(tables), jnp.asarray(places))
+  return KernelCase(
+    op="lookup",
+    note=f"{layer.pages} of {numbers} numbers",
+    args=args,
+    varied=1,
+    shape=lookup.shape_of(*args),
+    public=lookup.lookup,
+    kernel=kernel,
+    chosen=chosen,
+    grid={"rows": (1, 2, 4, 8, 16)},
+    traffic=tables.nbytes + 2 * places.nbytes,
+    yardstick="device to device",
+    problem=problem,
   )
 
 

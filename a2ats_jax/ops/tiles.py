@@ -136,6 +136,31 @@ class EncodeTiles:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class LookupTiles:
+  """Of ``lookup``.
+
+  Attributes:
+    rows: rows of 128 numbers of a table that are gathered from before anything waits for one.
+  """
+
+  rows: int
+
+  def __post_init__(self):
+    _at_least_one("lookup", rows=self.rows)
+    if self.rows > 32:
+      raise UserError(f"lookup: tile size rows must be at most 32, got {self.rows}")
+
+  @classmethod
+  def of(cls, *, numbers: int) -> "LookupTiles":
+    """Four rows, whose gathers share their latency, or all that a table has.
+
+    Args:
+      numbers: of a table.
+    """
+    return cls(rows=max(1, min(4, -(-numbers // LANES))))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class PageFormat:
   r"""A page of keys and values as rows of 128 bytes, which a TPU copies and reinterprets in place.
 

@@ -54,6 +54,7 @@ from a2ats_jax.codebook import make_codebook
 from a2ats_jax.far import FarPosition
 from a2ats_jax.methods.a2ats import A2ATS
 from a2ats_jax.methods.base import Geometry
+from a2ats_jax.ops.lookup import tpu as lookup
 from a2ats_jax.ops.page_fetch import tpu as page_fetch
 from a2ats_jax.ops.paged_decode import tpu as paged_decode
 from a2ats_jax.ops.tiles import DecodeTiles, PageFormat
@@ -62,11 +63,12 @@ from a2ats_jax.rope import RopeConfig, make_rope
 
 CHIPS = ("v5e:1x1", "v5p:1x1x1", "v6e:1x1", "tpu7x:1x1x1")
 HOST, DEVICE = jax.memory.Space.Host, jax.memory.Space.Device
-BF16, F32 = jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float32)
+BF16, F32, I32 = (jnp.dtype(x) for x in (jnp.bfloat16, jnp.float32, jnp.int32))
 
 B, H, K, D, P, C, F = 1, 32, 8, 128, 16, 1024, 128
 N = (128 << 10) // P  # pages a KV head of a context of 128K tokens
 L = 2
+CELLS = 8 * C + 320  # of eight segments, and of tokens after the prompt
 LLAMA = PageFormat(page=P, dim=D, dtype=BF16)
 
 
@@ -208,7 +210,7 @@ def _step(tokens: int, whole: bool = False) -> Program:
   return Program(
     run,
     (pages, *shapes, *heads, Input((B, 1), jnp.int32)),
-    ("page_fetch", "page_write", "paged_decode", "vq_encode"),
+    ("page_fetch", "page_write", "paged_decode", "vq_encode", "lookup"),
     # Of the pages of one layer less than half: the index of all layers is copied, see _growth.
     temp=math.prod(pages.shape) // (2 * L) + (64 << 20),
     in_place=True,
@@ -326,6 +328,18 @@ def _programs() -> dict[str, Program]:
       vq_encode.vq_encode,
       (Input((1001, K, 64), F32), Input((K, 64, 64), F32), Input((K, 1000, 64), F32)),
       ("vq_encode",),
+    ),
+    "lookup, cells of pages": Program(
+      lookup.lookup, (Input((B * K, CELLS), I32), Input((B * K, N), I32)), ("lookup",)
+    ),
+    "lookup, cells of a stage": Program(
+      lookup.lookup, (Input((B, K, CELLS), I32), Input((B, K, F * P), I32)), ("lookup",)
+    ),
+    "lookup, odd sizes": Program(
+      lookup.lookup, (Input((3, 131), I32), Input((3, 1025), I32)), ("lookup",)
+    ),
+    "lookup, the largest table": Program(
+      lookup.lookup, (Input((2, 1 << 20), I32), Input((2, 64), I32)), ("lookup",)
     ),
     "fetch and decode in stages": Program(
       _stages,

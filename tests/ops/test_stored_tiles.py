@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 from a2ats_jax.errors import UserError
-from a2ats_jax.ops import page_fetch, paged_decode, stored_tiles, vq_encode
+from a2ats_jax.ops import lookup, page_fetch, paged_decode, stored_tiles, vq_encode
 from a2ats_jax.ops.pages import BytePages, FloatPages
 from a2ats_jax.ops.tiles import FetchTiles, PageFormat
 
@@ -18,6 +18,7 @@ BYTES = BytePages(FORM.pack(*FLOATS), FORM)
 QUERY, MASK = jnp.zeros((1, 1, 4, 64)), jnp.zeros((1, 2, 3, 8), bool)
 KEYS, METRIC, WORDS = jnp.zeros((70, 2, 8)), jnp.zeros((2, 8, 8)), jnp.zeros((2, 16, 8))
 IDS = jnp.zeros(5, jnp.int32)
+TABLES, PLACES = jnp.zeros((2, 1, 600), jnp.int32), jnp.zeros((2, 1, 7), jnp.int32)
 
 # The op, its kernel's module and function, arguments, and sizes that no choice by shape gives.
 KERNELS = {
@@ -52,6 +53,7 @@ KERNELS = {
     (KEYS, METRIC, WORDS),
     {"codewords": 8, "stages": 3, "keys": 64},
   ),
+  "lookup, tpu": (lookup, "tpu", "lookup", (TABLES, PLACES), {"rows": 3}),
 }
 
 
