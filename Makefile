@@ -23,6 +23,7 @@ check: $(READY)
 # Compile every kernel for TPUs and an H100 on a machine that has neither. Builds .venv-aot (1.6 GB) with their compilers.
 aot: .venv-aot/.ready
 	.venv-aot/bin/python tests/aot/tpu_aot.py
+	.venv-aot/bin/python tests/aot/tpu_aot.py --schedules
 	.venv-aot/bin/python tests/aot/tpu_mesh_aot.py
 	.venv-aot/bin/python tests/aot/gpu_aot.py
 

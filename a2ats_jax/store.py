@@ -29,6 +29,8 @@ from a2ats_jax.ops.tiles import LANES, PageFormat
 from a2ats_jax.typing import Array, Float, Int, Shaped
 
 Placement = Literal["auto", "host", "device"]
+_BLOCK_BYTES = 64 << 20
+"""Of zeros on the device, while a store in host memory is opened."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -162,9 +164,9 @@ def open_store(
   if form:
     pages = page_zeros(math.prod(shape), form.rows, host).reshape(*shape, form.rows, LANES)
   elif quantised:
-    pages = _to(jnp.zeros((*shape, 2 * page * quantised.bytes), jnp.uint8), host)
+    pages = _zeros((*shape, 2 * page * quantised.bytes), jnp.dtype(jnp.uint8), host)
   else:
-    pages = _to(jnp.zeros((*shape, 2 * page * head_dim), dtype), host)
+    pages = _zeros((*shape, 2 * page * head_dim), jnp.dtype(dtype), host)
   return KVStore(pages, page, host, form, quantised)
 
 
@@ -175,6 +177,23 @@ def memory_kind(host: bool) -> str | None:
 
 def _to(x: Array | np.ndarray, host: bool) -> Array:
   return jax.device_put(x, jax.memory.Space.Host if host else jax.memory.Space.Device)
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def _zeros(shape: tuple[int, ...], dtype: jnp.dtype, host: bool) -> Array:
+  """Zeros; in host memory a block at a time, since whole they would first lie on the device."""
+  if not host:
+    return jnp.zeros(shape, dtype)
+  rows, width = math.prod(shape[:-1]), shape[-1]
+  block = max(1, min(rows, _BLOCK_BYTES // (width * dtype.itemsize)))
+  none = jnp.zeros((block, width), dtype)
+
+  def write(number: Array, pages: Array) -> Array:
+    # The last block reaches back, so that none passes the end.
+    return jax.lax.dynamic_update_slice(pages, _to(none, host), (number * block, 0))
+
+  pages = _to(jax.lax.empty((rows, width), dtype), host)
+  return jax.lax.fori_loop(0, -(-rows // block), write, pages).reshape(shape)
 
 
 def _cut(x: Shaped[Array, "B K T D"], page: int) -> Shaped[Array, "B K N P D"]:

@@ -46,7 +46,7 @@ def compiled(rows: Iterable[Line], *, date: str, versions: str) -> list[Line]:
     chip = str(row.get("chip", "H100")).split(":")[0]
     device = CHIPS.get(chip, chip)
     op = next((op for op in OPS if name.replace("_", " ").startswith(op.replace("_", " "))), None)
-    if op is None or "growth" in name or "refused" in row:
+    if op is None or "growth" in name or "refused" in row or "schedules" in row:
       continue
     programs[op, device] = programs.get((op, device), 0) + 1
     if "problem" in row or "error" in row:

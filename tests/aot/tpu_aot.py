@@ -10,7 +10,7 @@ Prints one JSON line per program and chip, and one per control: programs that th
 checks have to refuse, which show that a pass means something. Exit code 0: all compiled and all
 controls were refused; 1: something did not; 2: there is no compiler here. Usage::
 
-    python tests/aot/tpu_aot.py [--chips v5e:1x1,v6e:1x1] [--only part]
+    python tests/aot/tpu_aot.py [--chips v5e:1x1,v6e:1x1] [--only part] [--schedules]
 
 Shapes are Llama-3.1-8B's: 32 query heads on 8 KV heads of size 128, bfloat16 pages of 16 tokens,
 1024 codewords, and a stage of 128 pages a KV head.
@@ -23,10 +23,13 @@ import json
 import math
 import os
 import re
+import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 if importlib.util.find_spec("libtpu") is None:
@@ -45,6 +48,7 @@ os.environ.setdefault("TPU_STDERR_LOG_LEVEL", "3")
 import jax
 import jax.numpy as jnp
 import tpu_parts
+import tpu_schedules
 from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
@@ -69,6 +73,7 @@ B, H, K, D, P, C, F = 1, 32, 8, 128, 16, 1024, 128
 N = (128 << 10) // P  # pages a KV head of a context of 128K tokens
 L = 2
 CELLS = 8 * C + 320  # of eight segments, and of tokens after the prompt
+KERNELS = ("page_fetch", "page_write", "paged_decode", "vq_encode", "lookup")
 LLAMA = PageFormat(page=P, dim=D, dtype=BF16)
 
 
@@ -210,7 +215,7 @@ def _step(tokens: int, whole: bool = False) -> Program:
   return Program(
     run,
     (pages, *shapes, *heads, Input((B, 1), jnp.int32)),
-    ("page_fetch", "page_write", "paged_decode", "vq_encode", "lookup"),
+    KERNELS,
     # Of the pages of one layer less than half: the index of all layers is copied, see _growth.
     temp=math.prod(pages.shape) // (2 * L) + (64 << 20),
     in_place=True,
@@ -450,13 +455,32 @@ def _inspect(program: Program, device: Any) -> dict[str, Any]:
   return row
 
 
+def _scheduled(row: dict[str, Any], program: Program, texts: Path) -> dict[str, Any]:
+  """A shorter row with the schedules of the kernels; the compiler's texts are taken away."""
+  schedules = tpu_schedules.read(texts, program.kernels)
+  for path in texts.iterdir():
+    path.unlink()
+  row = {key: row[key] for key in ("program", "chip", "problem") if key in row}
+  if schedules.keys() != set(program.kernels):
+    row["problem"] = f"schedules of {sorted(schedules)}, expected {sorted(program.kernels)}"
+  return row | {"schedules": schedules}
+
+
 def main() -> int:
   """Compile all, print what came of it, and say how many went wrong."""
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument("--chips", default=",".join(CHIPS), help="topologies, separated by commas")
   parser.add_argument("--only", default="", help="programs whose name begins like this")
+  parser.add_argument(
+    "--schedules",
+    action="store_true",
+    help="kernels by themselves alone, with their bundles, VMEM bytes and spilled registers",
+  )
   arguments = parser.parse_args()
   chips, only = arguments.chips.split(","), arguments.only
+  texts = Path(tempfile.mkdtemp()) if arguments.schedules else None
+  if texts:
+    os.environ["LIBTPU_INIT_ARGS"] = tpu_schedules.FLAGS.format(folder=texts)
   jax.default_backend = lambda: (
     "tpu"
   )  # what the library asks when it opens a store or picks a kernel
@@ -471,12 +495,14 @@ def main() -> int:
       continue
     rows: dict[str, dict[str, Any]] = {}
     for name, program in (_programs() | _controls()).items():
-      if not name.startswith(only):
+      if not name.startswith(only) or (texts and not name.startswith(KERNELS)):
         continue
       row: dict[str, Any] = {"program": name, "chip": chip}
       control = name.startswith("control")
       try:
         row |= _inspect(program, device)
+        if texts:
+          row = _scheduled(row, program, texts)
         if control and "problem" in row:
           row["refused"] = row.pop("problem")
         elif control:
@@ -487,11 +513,13 @@ def main() -> int:
       wrong += "problem" in row
       done += 1
       print(json.dumps(row), flush=True)
-    if only:
+    if only or texts:
       continue
     growth = _growth(chip, rows)
     wrong += "problem" in growth
     print(json.dumps(growth), flush=True)
+  if texts:
+    shutil.rmtree(texts)
   total = {"programs": done, "wrong": wrong, "seconds": round(time.perf_counter() - start, 1)}
   print(json.dumps(total | {"jax": jax.__version__}), flush=True)
   return 1 if wrong else 0
