@@ -61,6 +61,8 @@ class Case(NamedTuple):
   def kernels(self) -> tuple[str, ...]:
     """Names of the kernels that the program has to call, once each."""
     # One token is coded without a kernel: a block of vq_encode is 64 keys.
+    if self.kernel == "open_store":
+      return ()
     steps = ("decode_step", "a2ats_step")
     return ("page_fetch", "paged_decode") if self.kernel in steps else (self.kernel,)
 
@@ -86,6 +88,8 @@ CASES = {
     Case("decode_step", "bfloat16"),
     Case("a2ats_step", "bfloat16", pages=512),
     Case("a2ats_step", "bfloat16"),
+    Case("open_store", "bfloat16"),
+    Case("open_store", "bfloat16", refused=True),
     Case("vq_encode", "bfloat16"),
     Case("vq_encode", "float32"),
     Case("vq_encode", "float32", head_dim=256),
@@ -135,6 +139,8 @@ def compile_case(case: Case) -> dict[str, Any]:
 
     kv = array((*block, d), dtype)
     args, function, bound = (q, kv, kv, array(block, jnp.bool_)), paged_decode, moved
+  elif case.kernel == "open_store":
+    function, args, bound = _opens(case), (q,), 2**27
   else:
     from a2ats_jax.ops.vq_encode.gpu import vq_encode
 
@@ -151,6 +157,9 @@ def compile_case(case: Case) -> dict[str, Any]:
     stored = args[0].size * itemsize
     bound = 3 * moved  # at either size of the store
     how = {"donate_argnums": (0, 1), "out_shardings": (host, device)}
+
+  if case.kernel == "open_store":
+    how = {"out_shardings": (host, device)}
 
   begun = time.perf_counter()
   program = jax.jit(function, **how).lower(*args).compile()
@@ -199,6 +208,32 @@ def _keep_host_memory(host: Any) -> None:
 
   mlir._get_mem_kind = memory_kind
   pxla.are_all_shardings_default_mem_kind = lambda shardings: False
+
+
+def _opens(case: Case) -> Any:
+  """An empty store in host memory; the input is there to say on which device."""
+  import jax
+  import jax.numpy as jnp
+
+  from a2ats_jax import store
+
+  def function(x: Any) -> tuple[Any, Any]:
+    opened = store.open_store(
+      layers=case.layers,
+      batch=1,
+      kv_heads=case.kv_heads,
+      head_dim=case.head_dim,
+      slots=case.pages * case.page,
+      page=case.page,
+      dtype=case.dtype,
+      placement="host",
+    )
+    if case.refused:
+      whole = jnp.zeros(opened.pages.shape, opened.pages.dtype)
+      return jax.device_put(whole, jax.memory.Space.Host), x
+    return opened.pages, x
+
+  return function
 
 
 def _fetches(case: Case) -> Any:
@@ -347,7 +382,7 @@ def run_case(case: Case) -> dict[str, Any]:
     return {"case": case.name, "error": " | ".join(lines[-3:]) or f"status {done.returncode}"}
   row = json.loads(rows[-1])
   try:
-    row |= _resources(case.kernels, log)
+    row |= _resources(case.kernels, log) if case.kernels else {}
   except ValueError as error:
     row["error"] = str(error)
   return row
