@@ -12,6 +12,7 @@ selected set a prefix of each cell.
 """
 
 import dataclasses
+import math
 from functools import partial
 from typing import Literal
 
@@ -19,6 +20,8 @@ import jax
 import jax.numpy as jnp
 
 from a2ats_jax.ops.lookup import lookup
+from a2ats_jax.ops.slot_fetch import slot_fetch
+from a2ats_jax.ops.tiles import LANES, SUBLANES
 from a2ats_jax.split import WHOLE, Split
 from a2ats_jax.typing import Array, Bool, Float, Int
 
@@ -29,7 +32,7 @@ _FIRST = 12  # halvings before it is worth asking how many cells are left
 @partial(
   jax.tree_util.register_dataclass,
   data_fields=["counts", "cells", "ranks", "first", "skip", "last", "begun"],
-  meta_fields=[],
+  meta_fields=["page", "slots"],
 )
 @dataclasses.dataclass(frozen=True)
 class CodeIndex:
@@ -43,24 +46,45 @@ class CodeIndex:
 
   Attributes:
     counts: tokens of every cell.
-    cells: the cell of the token in every slot, page by page.
+    cells: the cell of the token in every slot, page by page, in rows of 128 slots
+      (:func:`rows_of`): a TPU would fill up rows of P. Slots past the last are empty.
     ranks: its place among the tokens of its cell.
     first, skip, last: of every sorted page, the cell and the rank of its first slot, and the cell
       of its last one. No page is sorted in order of arrival.
     begun: of a split sequence, the rank of the first token of every cell in the sorted pages of
       this device, and a rank that no token has for a cell without any. Without elements otherwise.
+    page: P, slots a page.
+    slots: of every row and KV head, whole pages.
   """
 
   counts: Int[Array, "*L B K cells"]
-  cells: Int[Array, "*L B K N P"]
-  ranks: Int[Array, "*L B K N P"]
+  cells: Int[Array, "*L B K rows 128"]
+  ranks: Int[Array, "*L B K rows 128"]
   first: Int[Array, "*L B K sorted"]
   skip: Int[Array, "*L B K sorted"]
   last: Int[Array, "*L B K sorted"]
   begun: Int[Array, "*L B K begun"]
+  page: int
+  slots: int
+
+  @property
+  def pages(self) -> int:
+    """N, pages of every row and KV head."""
+    return self.slots // self.page
 
 
 Order = Literal["cell", "arrival"]
+
+
+def rows_of(slots: int, page: int) -> int:
+  """Rows of 128 that hold so many slots: whole tiles of a TPU and whole pages.
+
+  Args:
+    slots: of a row and KV head.
+    page: P.
+  """
+  unit = math.lcm(SUBLANES * LANES, page)
+  return -(-slots // unit) * unit // LANES
 
 
 def empty(
@@ -84,7 +108,7 @@ def empty(
     split: how the sequence lies on devices; slots are those of one.
   """
   pages = (*lead, prompt // page if order == "cell" else 0)
-  every = (*lead, slots // page, page)
+  every = (*lead, rows_of(slots, page), LANES)
   return CodeIndex(
     counts=jnp.zeros((*lead, count), jnp.int32),
     cells=jnp.full(every, count, jnp.int32),
@@ -93,6 +117,8 @@ def empty(
     skip=jnp.zeros(pages, jnp.int32),
     last=jnp.full(pages, count, jnp.int32),
     begun=jnp.full((*lead, 0 if split.axis is None else count), NEVER, jnp.int32),
+    page=page,
+    slots=slots,
   )
 
 
@@ -140,7 +166,8 @@ def build(
     back = jnp.argsort(by_cell, axis=-1)  # where each token stands in the order by cell
     in_slot = jnp.take_along_axis(marked, token, axis=-1)
     ranks = jnp.take_along_axis(jnp.take_along_axis(sorted_ranks, back, axis=-1), token, axis=-1)
-  more = ((0, 0), (0, 0), (0, slots - t))
+  rows = rows_of(slots, page)
+  more = ((0, 0), (0, 0), (0, rows * LANES - t))
   begun = jnp.zeros((b, kv_heads, 0), jnp.int32)
   if split.axis is not None:
     before = split.before(counts)
@@ -148,18 +175,19 @@ def build(
     counts = split.total(counts)
     further = jnp.take_along_axis(before, jnp.minimum(in_slot, count - 1), axis=-1)
     ranks = jnp.where(in_slot < count, ranks + further, 0)
-  pages = (b, kv_heads, slots // page, page)
-  in_slot = jnp.pad(in_slot, more, constant_values=count).reshape(pages)
-  ranks = jnp.pad(ranks, more).reshape(pages)
-  end = -(-t // page) if order == "cell" else 0
+  in_slot = jnp.pad(in_slot, more, constant_values=count)
+  ranks = jnp.pad(ranks, more)
+  end = -(-t // page) * page if order == "cell" else 0
   index = CodeIndex(
     counts=counts,
-    cells=in_slot,
-    ranks=ranks,
-    first=in_slot[..., :end, 0],
-    skip=ranks[..., :end, 0],
-    last=in_slot[..., :end, page - 1],
+    cells=in_slot.reshape(b, kv_heads, rows, LANES),
+    ranks=ranks.reshape(b, kv_heads, rows, LANES),
+    first=in_slot[..., :end:page],
+    skip=ranks[..., :end:page],
+    last=in_slot[..., page - 1 : end : page],
     begun=begun,
+    page=page,
+    slots=slots,
   )
   return index, token
 
@@ -174,19 +202,19 @@ def append(
     cell: of the token.
     slot: after the sorted pages; past the last if another device has it; -1 for no token.
   """
-  _, b, kv_heads, pages, page = index.cells.shape
+  _, b, kv_heads, lines, _ = index.cells.shape
   rows = jnp.arange(b, dtype=jnp.int32)[:, None]
   heads = jnp.arange(kv_heads, dtype=jnp.int32)[None]
-  there = (slot >= 0)[:, None]
-  number, place = jnp.where(there, slot[:, None] // page, pages), slot[:, None] % page
+  there, slot = (slot >= 0)[:, None], slot[:, None]
+  line, lane = jnp.where(there & (slot < index.slots), slot // LANES, lines), slot % LANES
   # The rank is read after the count goes up: read before, the counts of all layers are copied.
   counts = index.counts.at[layer, rows, heads, cell].add(there.astype(jnp.int32))
   rank = counts[layer, rows, heads, cell] - 1
   return dataclasses.replace(
     index,
     counts=counts,
-    cells=index.cells.at[layer, rows, heads, number, place].set(cell, mode="drop"),
-    ranks=index.ranks.at[layer, rows, heads, number, place].set(rank, mode="drop"),
+    cells=index.cells.at[layer, rows, heads, line, lane].set(cell, mode="drop"),
+    ranks=index.ranks.at[layer, rows, heads, line, lane].set(rank, mode="drop"),
   )
 
 
@@ -343,14 +371,15 @@ def look(
     index: of all layers; only the rows asked for are read.
     ids: 0 .. N - 1.
   """
-  _, b, kv_heads, pages, page = index.cells.shape
+  _, b, kv_heads, lines, _ = index.cells.shape
   rows = jnp.arange(b, dtype=jnp.int32)[:, None, None]
   heads = jnp.arange(kv_heads, dtype=jnp.int32)[None, :, None]
-  flat = ((layer * b + rows) * kv_heads + heads) * pages + ids
-  cells, ranks = (
-    x.reshape(-1, page).at[flat].get(mode="promise_in_bounds") for x in (index.cells, index.ranks)
+  pages = lines * LANES // index.page
+  number = ((layer * b + rows) * kv_heads + heads) * pages + ids
+  return (
+    slot_fetch(index.cells, number, index.page),
+    slot_fetch(index.ranks, number, index.page),
   )
-  return cells, ranks
 
 
 @partial(
@@ -377,12 +406,15 @@ class PageCells:
 
 def page_cells(index: CodeIndex, *, layer: int | Array) -> PageCells:
   """Of one layer, from the index of all."""
-  _, b, kv_heads, pages, page = index.cells.shape
-  done = index.first.shape[3]
+  _, b, kv_heads, lines, _ = index.cells.shape
+  done = index.first.shape[3] * index.page
+  line, skip = divmod(done, LANES)
 
   def rest(x: Array) -> Array:
-    start = (layer, 0, 0, done, 0)
-    return jax.lax.dynamic_slice(x, start, (1, b, kv_heads, pages - done, page))[0]
+    start, size = (layer, 0, 0, line, 0), (1, b, kv_heads, lines - line, LANES)
+    x = jax.lax.dynamic_slice(x, start, size).reshape(b, kv_heads, -1)
+    x = x[..., skip : skip + index.slots - done]
+    return x.reshape(b, kv_heads, -1, index.page)
 
   return jax.lax.optimization_barrier(
     PageCells(

@@ -21,11 +21,12 @@ from a2ats_jax.budget import Budget
 from a2ats_jax.codebook import MAX_CODEWORDS
 from a2ats_jax.errors import UserError
 from a2ats_jax.far import FarPosition
-from a2ats_jax.index import Order
+from a2ats_jax.index import Order, rows_of
 from a2ats_jax.methods import registry
 from a2ats_jax.methods.a2ats import A2ATS
 from a2ats_jax.methods.full import Full
 from a2ats_jax.models.config import ModelConfig
+from a2ats_jax.ops.tiles import LANES
 from a2ats_jax.plan_known import Chip
 from a2ats_jax.store import Placement
 
@@ -244,7 +245,7 @@ def paged_state(case: Case, m: Paged) -> dict[str, int]:
   cuts = 1 if m.far.distance is not None else m.far.prompt_segments + 1
   a_head = {
     "cell counts": _cells(case, m) * I32,
-    "cell and rank of every slot": 2 * sum(_slots(case, m)) * I32,
+    "cell and rank of every slot": 2 * rows_of(sum(_slots(case, m)), m.page) * LANES * I32,
     "page edges": 3 * sorted_pages * I32,
     "sinks and recent tokens": 2 * (m.sinks + _ring(m)) * d * case.cache_size + _ring(m) * I32,
     "codes of later tokens": m.far.items(m.window, case.new) * I32,

@@ -29,12 +29,19 @@ def build(cells, eligible, order="cell"):
 append = jax.jit(partial(cell_index.append, layer=0))
 
 
+def every_slot(index):
+  """Cells and ranks of one layer, page by page."""
+  b, kv_heads = index.counts.shape[1:3]
+  ids = jnp.arange(index.pages, dtype=jnp.int32)
+  return cell_index.look(index, jnp.broadcast_to(ids, (b, kv_heads, index.pages)), layer=0)
+
+
 @jax.jit
 def choose_by_cell(index, scores, granted):
   """Slots chosen, and pages found without looking at the slots of sorted ones."""
   taken = cell_index.select(index.counts[0], scores, granted)
   pages = cell_index.pages_of(cell_index.page_cells(index, layer=0), taken)
-  return pages, cell_index.selected(index.cells[0], index.ranks[0], taken).reshape(B, K, SLOTS)
+  return pages, cell_index.selected(*every_slot(index), taken).reshape(B, K, SLOTS)
 
 
 @partial(jax.jit, static_argnames="budget")
@@ -87,8 +94,9 @@ def in_slots(index_chosen, token, eligible) -> np.ndarray:
 
 def assert_consistent(index) -> None:
   """The invariants of CodeIndex."""
+  slots = every_slot(index)
   for row, head in np.ndindex(B, K):
-    cells, ranks = (np.asarray(x)[0, row, head].ravel() for x in (index.cells, index.ranks))
+    cells, ranks = (np.asarray(x)[row, head].ravel() for x in slots)
     for cell, count in enumerate(np.asarray(index.counts)[0, row, head]):
       assert sorted(ranks[cells == cell]) == list(range(count))
 
@@ -99,7 +107,7 @@ def assert_pages(pages, chosen, index) -> None:
   pages = np.asarray(pages)
   assert np.all(pages | ~want)
   for row, head in np.ndindex(B, K):
-    held = np.asarray(index.cells)[0, row, head]
+    held = np.asarray(every_slot(index)[0])[row, head]
     done = index.first.shape[3]
     later = set(held[done:].ravel().tolist()) - set(held[:done].ravel().tolist())
     assert (pages & ~want)[row, head].sum() <= len(later - {CELLS})
@@ -140,7 +148,7 @@ def choose_split(cells, eligible, scores, granted, order):
     taken = cell_index.select(index.counts, scores, granted)
     layers = jax.tree.map(lambda x: x[None], index)
     pages = cell_index.pages_of(cell_index.page_cells(layers, layer=0), taken)
-    chosen = cell_index.selected(index.cells, index.ranks, taken)
+    chosen = cell_index.selected(*every_slot(layers), taken)
     return chosen, pages, token + SPLIT.number * share
 
   return jax.vmap(on_device, axis_name="devices")(jnp.arange(SPLIT.devices))
@@ -223,7 +231,7 @@ def test_a_cells_tokens_lie_side_by_side():
   rng = np.random.default_rng(3)
   cells = rng.integers(0, CELLS, (B, K, T)).astype(np.int32)
   index, _ = build(jnp.asarray(cells), jnp.ones((B, T), bool))
-  in_slot = np.asarray(index.cells).reshape(B, K, SLOTS)
+  in_slot = np.asarray(every_slot(index)[0]).reshape(B, K, SLOTS)
   assert np.all(np.diff(in_slot[..., :T], axis=-1) >= 0)
   assert np.all(in_slot[..., T:] == CELLS)
 
@@ -286,6 +294,6 @@ def test_wrong_cuts_are_caught(wrong):
   earlier = jnp.cumsum(tied, axis=-1) - tied
   taken = WRONG[wrong](jnp.zeros_like(tied), room, earlier, tied)
   taken = jnp.max(taken.reshape(B, K, G, CELLS), axis=2)
-  chosen = cell_index.selected(index.cells[0], index.ranks[0], taken)
+  chosen = cell_index.selected(*every_slot(index), taken)
   got = in_slots(np.asarray(chosen).reshape(B, K, SLOTS), token, eligible)
   assert not np.array_equal(got, reference(cells, scores, eligible, 4))

@@ -246,7 +246,7 @@ class A2ATS:
       self.far.cells_of(slot, codes, starts, size),
       eligible,
       count=state.index.counts.shape[3],
-      slots=state.index.cells.shape[3] * self.page,
+      slots=state.index.slots,
       page=self.page,
       order=self.order,
       split=self.split,
@@ -432,7 +432,7 @@ class A2ATS:
     """
     page = item // self.page
     slot = state.prompt_slots + page // self.split.devices * self.page + item % self.page
-    return jnp.where(self.split.has(page), slot, state.index.cells.shape[3] * self.page)
+    return jnp.where(self.split.has(page), slot, state.index.slots)
 
   def _full(self, state: PagedState, now: Int[Array, "B"]) -> Int[Array, "B"]:
     """Pages after the prompt's that are full, of all devices."""
@@ -441,7 +441,7 @@ class A2ATS:
   def _seal(self, state: PagedState, item: Int[Array, "B"], layer: int | Array) -> paged.KVStore:
     """Write the page that ends with a row's ``item``, if one does and this device is to hold it."""
     number = self._slot(state, item) // self.page
-    ends = (item >= 0) & ((item + 1) % self.page == 0) & (number < state.index.cells.shape[3])
+    ends = (item >= 0) & ((item + 1) % self.page == 0) & (number < state.index.pages)
 
     def write(pages: Array) -> Array:
       ring = state.codes.shape[3]
@@ -513,7 +513,7 @@ class A2ATS:
     held = cells.page_cells(state.index, layer=layer)
     held = jax.tree.map(lambda x: x.reshape(b * kv_heads, 1, *x.shape[2:]), held)
     most = jnp.repeat(granted, kv_heads)
-    number = jnp.arange(state.index.cells.shape[3], dtype=jnp.int32)
+    number = jnp.arange(state.index.pages, dtype=jnp.int32)
     sealed = state.prompt_slots // self.page + self.split.dealt(self._full(state, now))
     full = number[None] < sealed[:, None]
     full = jnp.repeat(full, kv_heads, axis=0)[:, None]
@@ -572,7 +572,7 @@ class A2ATS:
     index, word = state.index, 4  # codes, counts and sums are int32 and float32
     whole = (size + items) * dim + items  # codewords, and those of later tokens
     whole += index.counts.shape[3] + index.begun.shape[3] + 3 * index.first.shape[3]
-    whole += 2 * (index.cells.shape[3] - index.first.shape[3]) * self.page
+    whole += 2 * (index.pages - index.first.shape[3]) * self.page
     whole += size * (dim + 1) if self.tail == "centroid" else 0
     return (word * (whole + 2 * self.page * pages)).astype(jnp.float32)
 
@@ -598,7 +598,7 @@ class A2ATS:
     b, kv_heads = taken.shape[:2]
     full = self._full(state, now)
     number = state.prompt_slots // page + full // self.split.devices
-    number = jnp.minimum(number, state.index.cells.shape[3] - 1)
+    number = jnp.minimum(number, state.index.pages - 1)
     number = jnp.broadcast_to(number[:, None, None], (b, kv_heads, 1))
     chosen = cells.selected(*cells.look(state.index, number, layer=layer), taken)[:, :, 0]
     item = held - (state.prompt - self.window + full * page)[:, None]

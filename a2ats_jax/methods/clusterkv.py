@@ -153,7 +153,7 @@ class ClusterKV:
       label,
       eligible,
       count=state.index.counts.shape[3],
-      slots=state.index.cells.shape[3] * self.page,
+      slots=state.index.slots,
       page=self.page,
     )
     more = ((0, 0), (0, 0), (0, state.prompt_slots - t), (0, 0))
@@ -231,7 +231,7 @@ class ClusterKV:
     read = selected + jnp.sum(mask, axis=-1, dtype=jnp.int32)[:, None, None]
     d, index = k.shape[3], state.index
     extra = state.centroids.shape[3] * (d * k.dtype.itemsize + 4) + 12 * index.first.shape[3]
-    later = index.cells.shape[3] - index.first.shape[3]  # pages that are not sorted: every slot
+    later = index.pages - index.first.shape[3]  # pages that are not sorted: every slot
     extra = extra + 8 * self.page * (count + later)
     size = read * (2 * d * k.dtype.itemsize) + jnp.where(now[:, None] < 0, 0, extra)[:, None]
     stats = Stats(
