@@ -33,6 +33,33 @@ class Part:
   total: Float[Array, "B S H"]
 
 
+@partial(
+  jax.tree_util.register_dataclass,
+  data_fields=["weights", "sums", "peak", "total"],
+  meta_fields=[],
+)
+@dataclasses.dataclass(frozen=True)
+class Tail:
+  r"""An estimate of attention over many keys by few: a weight and a sum of values per codeword.
+
+  Attributes:
+    weights: of a codeword, the weight of its keys over their number, relative to
+      :math:`e^{peak}`; float32, and 0 where the tail holds no key.
+    sums: of the values of its keys, float32.
+    peak: the largest logit, ``-inf`` where the tail holds no key.
+    total: the weight of all keys, relative to :math:`e^{peak}`; 0 where there is none.
+  """
+
+  weights: Float[Array, "B 1 H C"]
+  sums: Float[Array, "B K C D"]
+  peak: Float[Array, "B 1 H"]
+  total: Float[Array, "B 1 H"]
+
+  def part(self) -> Part:
+    """The part that it stands for."""
+    return Part(weigh(self.weights, self.sums), self.peak, self.total)
+
+
 def grouped(q: Float[Array, "B S H D"], kv_heads: int) -> Float[Array, "B S K G D"]:
   """Query heads beside the KV head they share: head ``h`` belongs to KV head ``h // G``."""
   b, s, h, d = q.shape

@@ -16,6 +16,7 @@ is left out unless ``fetch`` says so.
 """
 
 import dataclasses
+import math
 from functools import partial
 from typing import Literal
 
@@ -33,6 +34,8 @@ from a2ats_jax.methods import dense, selection
 from a2ats_jax.methods.a2ats_reference import A2ATSReference
 from a2ats_jax.methods.base import Geometry, PromptLayer, Stats, token_by_token
 from a2ats_jax.methods.paging import attend_pages
+from a2ats_jax.ops.paged_decode import paged_decode
+from a2ats_jax.ops.pages import FloatPages
 from a2ats_jax.rope import Rope, rotate
 from a2ats_jax.split import WHOLE, Split
 from a2ats_jax.typing import Array, Float, Int
@@ -322,17 +325,17 @@ class A2ATS:
     table = self.score(state, q, positions, rope, layer)
     taken, ids, pages, dropped = self.choose(state, counts, table, now, layer)
     rotated = rotate(q, positions, rope)
-    part, moved = self._fetched(state, rotated, taken, ids, pages, layer)
-    near, read = self._near(state, rotated, taken, now, layer)
-    part = self.split.merge(attention.merge([part, near]))
-    selected = jnp.sum(taken, axis=-1)
-    tail = jnp.zeros(q.shape[:3])
+    rest = None
     if self.tail == "centroid":
       rest = self._tail(state, table, counts - taken, layer)
-      whole = attention.merge([part, rest])
-      share = rest.total * jnp.exp(rest.peak - jnp.where(whole.total > 0, whole.peak, 0.0))
-      tail = share / jnp.maximum(whole.total, jnp.finfo(jnp.float32).tiny)
-      part = whole
+    near, read = self._near(state, rotated, taken, rest, now, layer)
+    part, moved = self._fetched(state, rotated, taken, ids, pages, near, layer)
+    part = self.split.merge(part)
+    selected = jnp.sum(taken, axis=-1)
+    tail = jnp.zeros(q.shape[:3])
+    if rest is not None:
+      share = rest.total * jnp.exp(rest.peak - jnp.where(part.total > 0, part.peak, 0.0))
+      tail = share / jnp.maximum(part.total, jnp.finfo(jnp.float32).tiny)
     many = (selected + read[:, None])[:, None]
     far = state.store.page_bytes // self.page  # of a far token's key and value
     exact = read[:, None] * (2 * k.shape[3] * state.near.k.dtype.itemsize)
@@ -551,16 +554,17 @@ class A2ATS:
     taken: Int[Array, "B K cells"],
     ids: Int[Array, "B K N"],
     count: Int[Array, "B K"],
+    near: attention.Part,
     layer: int | Array,
   ) -> tuple[attention.Part, Float[Array, "B K"]]:
-    """Attention over the chosen tokens of sealed pages, and bytes moved."""
+    """Attention over the chosen tokens of sealed pages and all that is near, and bytes moved."""
     b, kv_heads, total = ids.shape
     stage = self.stage_pages(state.capacity, total, b * kv_heads * state.store.page_bytes)
 
     def chosen(pages: Array) -> Array:
       return cells.selected(*cells.look(state.index, pages, layer=layer), taken)
 
-    return attend_pages(state.store, q, ids, count, chosen, stage=stage, layer=layer)
+    return attend_pages(state.store, q, ids, count, chosen, stage=stage, layer=layer, start=near)
 
   def _index_bytes(self, state: PagedState, pages: Int[Array, "B K"]) -> Float[Array, "B K"]:
     """Bytes read on this device to choose tokens and to estimate the others.
@@ -581,10 +585,11 @@ class A2ATS:
     state: PagedState,
     q: Float[Array, "B 1 H D"],
     taken: Int[Array, "B K cells"],
+    rest: attention.Tail | None,
     now: Int[Array, "B"],
     layer: int | Array,
   ) -> tuple[attention.Part, Int[Array, "B"]]:
-    """Attention over sinks, window and chosen tokens of the page that is not full yet.
+    """Attention over sinks, window and chosen tokens of the page that is not full yet, and a tail.
 
     Of a split, on the device that is to hold that page alone.
     """
@@ -606,9 +611,23 @@ class A2ATS:
     item = jnp.broadcast_to(jnp.clip(item, 0, page - 1)[:, None], (b, kv_heads, ring))
     chosen = jnp.take_along_axis(chosen, item, axis=2) & inside[:, None]
     chosen = jnp.pad(chosen, ((0, 0), (0, 0), (self.sinks, 0)))
-    mask = ((always[:, None] | chosen) & self.split.has(full)[:, None, None])[:, None]
-    keys, values = dense.read(state.near.k, layer), dense.read(state.near.v, layer)
-    return dense.attend_masked(q, keys, values, mask), jnp.sum(always, axis=-1, dtype=jnp.int32)
+    here = self.split.has(full)[:, None, None]
+    mask = (always[:, None] | chosen) & here
+    if rest is not None:
+      rest = dataclasses.replace(
+        rest,
+        weights=jnp.where(here[..., None], rest.weights, 0.0),
+        peak=jnp.where(here, rest.peak, -jnp.inf),
+        total=jnp.where(here, rest.total, 0.0),
+      )
+    size = math.gcd(self.sinks, page)  # which divides sinks and ring
+    keys, values = (
+      dense.read(x, layer).reshape(b, kv_heads, -1, size, x.shape[-1])
+      for x in (state.near.k, state.near.v)
+    )
+    pages = FloatPages(keys, values)
+    part = paged_decode(q, pages, mask.reshape(keys.shape[:-1]), tail=rest)
+    return part, jnp.sum(always, axis=-1, dtype=jnp.int32)
 
   def _tail(
     self,
@@ -616,7 +635,7 @@ class A2ATS:
     table: Float[Array, "B H cells"],
     rest: Int[Array, "B K cells"],
     layer: int | Array,
-  ) -> attention.Part:
+  ) -> attention.Tail:
     """What was not taken: weight by cell, value by codeword."""
     b, heads, count = table.shape
     kv_heads, size = rest.shape[1], self.codebook.size
@@ -628,15 +647,18 @@ class A2ATS:
     weight = weight * left.astype(jnp.float32)
     by_code = jnp.sum(weight[..., : old * size].reshape(b, heads, old, size), axis=2)
     if count > old * size:
-      codes = jnp.repeat(dense.read(state.items, layer), group, axis=1)
-      every = jnp.arange(b, dtype=jnp.int32)[:, None, None]
-      head = jnp.arange(heads, dtype=jnp.int32)[None, :, None]
-      by_code = by_code.at[every, head, codes].add(weight[..., old * size :])
+      # A group's weights of a token as one row: a scatter of single numbers takes a CPU twice as
+      # long, and a TPU nine times by its compiler's estimate (docs/performance.md).
+      later = weight[..., old * size :].reshape(b, kv_heads, group, -1)
+      later = _by_code(jnp.swapaxes(later, 2, 3), dense.read(state.items, layer), size)
+      by_code += jnp.swapaxes(later, 2, 3).reshape(b, heads, size)
     members = jnp.repeat(dense.read(state.members, layer), group, axis=1)
-    out = attention.weigh(
-      (by_code / jnp.maximum(members, 1.0))[:, None], dense.read(state.sums, layer)
+    return attention.Tail(
+      weights=(by_code / jnp.maximum(members, 1.0))[:, None],
+      sums=dense.read(state.sums, layer),
+      peak=peak[:, None],
+      total=jnp.sum(weight, axis=-1)[:, None],
     )
-    return attention.Part(out, peak[:, None], jnp.sum(weight, axis=-1)[:, None])
 
 
 def _whole(tokens: int, page: int) -> int:

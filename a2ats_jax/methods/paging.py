@@ -21,19 +21,20 @@ def attend_pages(
   *,
   stage: int,
   layer: int | Array,
+  start: attention.Part | None = None,
 ) -> tuple[attention.Part, Float[Array, "B K"]]:
   """One query's attention over the chosen tokens of the first ``count`` pages, and bytes moved.
 
   Args:
     q: rotated.
-    ids, count, stage: as in :func:`in_stages`.
+    ids, count, stage, start: as in :func:`in_stages`.
     chosen: which tokens of some pages to attend to.
   """
 
   def decode(pages: Pages, here: Array, used: Array) -> attention.Part:
     return paged_decode(q, pages, chosen(here) & used[..., None])
 
-  return in_stages(store, q, ids, count, decode, stage=stage, layer=layer)
+  return in_stages(store, q, ids, count, decode, stage=stage, layer=layer, start=start)
 
 
 def in_stages(
@@ -45,6 +46,7 @@ def in_stages(
   *,
   stage: int,
   layer: int | Array,
+  start: attention.Part | None = None,
 ) -> tuple[attention.Part, Float[Array, "B K"]]:
   """What ``decode`` makes of the first ``count`` pages, merged over stages, and bytes moved.
 
@@ -55,6 +57,7 @@ def in_stages(
     decode: attention of q over the pages of one stage: the pages, their numbers, and which of them
       count.
     stage: F, pages fetched at once.
+    start: attention to other tokens, which the stages are merged into; nothing if not given.
   """
   ids = jnp.pad(ids, ((0, 0), (0, 0), (0, -ids.shape[2] % stage)))
   stages = (jnp.max(count) + stage - 1) // stage
@@ -66,9 +69,9 @@ def in_stages(
     new = decode(paged.fetch(store, here, layer=layer), here, used)
     return attention.merge([part, new])
 
-  nothing = attention.Part(
-    jnp.zeros(q.shape, jnp.float32), jnp.full(q.shape[:3], -jnp.inf), jnp.zeros(q.shape[:3])
-  )
-  part = jax.lax.fori_loop(0, stages, step, nothing)
+  if start is None:
+    none = jnp.zeros(q.shape[:3])
+    start = attention.Part(jnp.zeros(q.shape, jnp.float32), none - jnp.inf, none)
+  part = jax.lax.fori_loop(0, stages, step, start)
   moved = (stages * (stage * store.page_bytes)).astype(jnp.float32)
   return part, jnp.broadcast_to(moved, count.shape)

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 ROOT = Path(__file__).parents[2]
-CASE_SECONDS = 120
+CASE_SECONDS = 300
 # What the compiler is told of an H100 SXM with 80 GB; in the form get_topology_desc takes.
 H100 = """
 gpu_device_info {
@@ -55,22 +55,25 @@ class Case(NamedTuple):
   keys: int = 8192
   layers: int = 4
   pages: int = 8192  # of a row and KV head: 128K tokens
+  tail: bool = False  # in the same softmax
   refused: bool = False  # a wrong program, that the checks must refuse
 
   @property
   def kernels(self) -> tuple[str, ...]:
-    """Names of the kernels that the program has to call, once each."""
+    """Names of the kernels that the program has to call, as often as they are here."""
     # One token is coded without a kernel: a block of vq_encode is 64 keys.
     if self.kernel == "open_store":
       return ()
-    steps = ("decode_step", "a2ats_step")
-    return ("page_fetch", "paged_decode") if self.kernel in steps else (self.kernel,)
+    if self.kernel == "a2ats_step":  # near tokens with the tail, and fetched pages
+      return ("page_fetch", "paged_decode", "paged_decode")
+    return ("page_fetch", "paged_decode") if self.kernel == "decode_step" else (self.kernel,)
 
   @property
   def name(self) -> str:
     name = f"{self.kernel}-{self.dtype}-H{self.group * self.kv_heads}-D{self.head_dim}"
     if self.kernel == "a2ats_step":
       name = f"{name}-T{self.pages * self.page}"
+    name = f"{name}-C{self.codewords}" if self.tail else name
     return f"{name}-whole-copy" if self.refused else name
 
 
@@ -85,6 +88,11 @@ CASES = {
     Case("paged_decode", "bfloat16", head_dim=64, group=3),
     Case("paged_decode", "bfloat16", head_dim=256, group=8),
     Case("paged_decode", "float32", head_dim=256, group=8),
+    Case("paged_decode", "bfloat16", tail=True),
+    Case("paged_decode", "bfloat16", head_dim=64, group=3, tail=True),
+    Case("paged_decode", "bfloat16", head_dim=256, group=8, tail=True, codewords=1000),
+    Case("paged_decode", "float32", head_dim=256, group=8, tail=True),
+    Case("paged_decode", "float32", tail=True, codewords=1),
     Case("decode_step", "bfloat16"),
     Case("a2ats_step", "bfloat16", pages=512),
     Case("a2ats_step", "bfloat16"),
@@ -139,6 +147,20 @@ def compile_case(case: Case) -> dict[str, Any]:
 
     kv = array((*block, d), dtype)
     args, function, bound = (q, kv, kv, array(block, jnp.bool_)), paged_decode, moved
+    if case.tail:
+      from a2ats_jax.attention import Tail
+
+      h = (1, 1, case.kv_heads * case.group)
+      tail = Tail(
+        weights=array((*h, case.codewords), jnp.float32),
+        sums=array((1, case.kv_heads, case.codewords, d), jnp.float32),
+        peak=array(h, jnp.float32),
+        total=array(h, jnp.float32),
+      )
+      args += (tail,)
+
+      def function(q, keys, values, mask, tail):
+        return paged_decode(q, keys, values, mask, tail=tail)
   elif case.kernel == "open_store":
     function, args, bound = _opens(case), (q,), 2**27
   else:

@@ -122,6 +122,40 @@ def _decode(form: PageFormat, dtype: jnp.dtype, pages: int, tiles: DecodeTiles |
   )
 
 
+def _with_tail(
+  dtype: jnp.dtype, *, dim: int = D, codewords: int = C, form: PageFormat | None = None
+) -> Program:
+  """Attention over the near tokens of a step, or fetched pages, and a tail in one softmax.
+
+  Args:
+    form: of fetched pages; without it keys and values of 88 near tokens lie apart.
+  """
+  tail = attention.Tail(
+    weights=Input((B, 1, H, codewords), F32),
+    sums=Input((B, K, codewords, dim), F32),
+    peak=Input((B, 1, H), F32),
+    total=Input((B, 1, H), F32),
+  )
+  pages = 11 if form is None else F
+  mask = Input((B, K, pages, 8 if form is None else form.page), jnp.bool_)
+  q, keys = Input((B, 1, H, dim), dtype), Input((*mask.shape, dim), dtype)
+
+  def near(q, keys, values, mask, tail):
+    return paged_decode.paged_decode(q, keys, values, mask, tail=tail)
+
+  def far(q, pages, mask, tail):
+    return paged_decode.packed_decode(q, pages, mask, form=form, tail=tail)
+
+  stored = Input((B, K, pages, form.rows, 128), jnp.int8) if form else keys
+  return Program(
+    far if form else near,
+    (q, stored, mask, tail) if form else (q, keys, keys, mask, tail),
+    ("paged_decode",),
+    # Sums of 64 dimensions come packed and are spread to tiles of 128; others are not copied.
+    temp=(2 << 20) + (8 * B * K * C * dim if dim < 128 else 0),
+  )
+
+
 def _stages(pages: jax.Array, q: jax.Array, ids: jax.Array, mask: jax.Array, count: jax.Array):
   """As a decode step does it: as many stages as needed, from one flat array of all layers."""
   flat = jax.device_put(pages, HOST).reshape(-1, LLAMA.rows, 128)
@@ -214,7 +248,8 @@ def _step(tokens: int, whole: bool = False) -> Program:
   return Program(
     run,
     (pages, *shapes, *heads, Input((B, 1), jnp.int32)),
-    KERNELS,
+    # Two of attention: near tokens with the tail, and fetched pages.
+    (*KERNELS, "paged_decode"),
     temp=32 << 20,  # whatever the store holds, see _growth
     in_place=True,
     state=True,
@@ -315,6 +350,15 @@ def _programs() -> dict[str, Program]:
         Input((B, K, F, P), jnp.bool_),
       ),
       ("paged_decode",),
+    ),
+    "paged_decode, near and a tail": _with_tail(BF16),
+    "paged_decode, near and a tail of 300": _with_tail(F32, codewords=300),
+    "paged_decode, near and a tail, float32 D=64": _with_tail(F32, dim=64),
+    "paged_decode, near and a tail, D=256": _with_tail(BF16, dim=256),
+    "paged_decode, near and a tail of 1": _with_tail(BF16, codewords=1),
+    "paged_decode, pages and a tail": _with_tail(BF16, form=LLAMA),
+    "paged_decode, pages and a tail, D=64": _with_tail(
+      BF16, dim=64, form=PageFormat(page=16, dim=64, dtype=BF16)
     ),
     "vq_encode, a prompt's chunk": Program(
       vq_encode.vq_encode, (Input((4096, K, D), BF16), *encode), ("vq_encode",)
@@ -435,12 +479,13 @@ def _inspect(program: Program, device: Any) -> dict[str, Any]:
     "loops": text.count(" while("),
     "gathers": text.count(" gather(") + text.count(" scatter("),
   }
-  missing = [name for name in program.kernels if not calls.get(name)]
+  wanted = program.kernels
+  missing = [name for name in sorted({*wanted}) if calls.get(name, 0) < wanted.count(name)]
   taken = max(row["temp_bytes"], row["beside_bytes"])
   if program.in_place and memory.host_alias_size_in_bytes != memory.host_argument_size_in_bytes:
     row["problem"] = "the store is not written in place"
   elif missing:
-    row["problem"] = f"no call of {', '.join(missing)}"
+    row["problem"] = f"too few calls of {', '.join(missing)}"
   elif row["host_temp_bytes"]:
     row["problem"] = f"{row['host_temp_bytes']} temporary bytes of host memory"
   elif program.temp is not None and taken > program.temp:

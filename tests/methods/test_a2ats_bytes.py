@@ -12,6 +12,7 @@ from a2ats_jax.methods.a2ats import A2ATS
 from a2ats_jax.ops import dispatch, page_fetch, page_write, paged_decode
 from a2ats_jax.ops.page_fetch import tpu as copies
 from a2ats_jax.ops.paged_decode import tpu as decode
+from a2ats_jax.ops.pages import FloatPages
 from a2ats_jax.ops.tiles import PageFormat
 from tests import cases
 from tests.methods.test_a2ats_reference import OPTIONS
@@ -72,12 +73,13 @@ def _kernels(patch: pytest.MonkeyPatch) -> None:
   only(page_write, partial(copies.page_write, interpret=True))
   zeros = dispatch.Implementation(run=partial(copies.page_zeros, interpret=True))
   patch.setattr(page_write, "ZEROS", {"tpu": zeros})
-  only(
-    paged_decode,
-    lambda q, pages, mask: decode.packed_decode(
-      q, pages.data, mask, form=pages.form, interpret=True
-    ),
-  )
+
+  def attend(q, pages, mask, *, tail):
+    if isinstance(pages, FloatPages):  # near tokens
+      return decode.paged_decode(q, *pages, mask, tail=tail, interpret=True)
+    return decode.packed_decode(q, pages.data, mask, form=pages.form, tail=tail, interpret=True)
+
+  only(paged_decode, attend)
 
 
 @pytest.fixture

@@ -6,11 +6,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from a2ats_jax import attention
 from a2ats_jax.errors import UserError
 from a2ats_jax.ops.paged_decode import gpu, reference
+from tests.ops import tails
 
 INTERPRET = plgpu.InterpretGPUParams(detect_races=True)
 # Sums of up to a hundred products of size one in float32, in two orders.
@@ -54,14 +57,32 @@ def arguments(shape: Shape) -> tuple[jax.Array, ...]:
   return q, k, v, jnp.asarray(rng.random(block) < 0.5)
 
 
-def run(shape: Shape, args: tuple[jax.Array, ...], fault: Any = None) -> attention.Part:
-  return gpu.paged_decode(*args, tiles=shape.tiles, interpret=INTERPRET, _fault=fault)
+def run(
+  shape: Shape,
+  args: tuple[jax.Array, ...],
+  fault: Any = None,
+  tail: attention.Tail | None = None,
+) -> attention.Part:
+  return gpu.paged_decode(*args, tail=tail, tiles=shape.tiles, interpret=INTERPRET, _fault=fault)
 
 
-def exact(args: tuple[jax.Array, ...]) -> attention.Part:
+def exact(args: tuple[jax.Array, ...], tail: attention.Tail | None = None) -> attention.Part:
   """The reference in float32 throughout, as the kernel."""
   q, k, v, mask = args
-  return reference.paged_decode(q, k.astype(jnp.float32), v.astype(jnp.float32), mask)
+  k, v = k.astype(jnp.float32), v.astype(jnp.float32)
+  return reference.paged_decode(q, k, v, mask, tail=tail)
+
+
+def tail_for(shape: Shape, codewords: int, level: float = 2.0) -> attention.Tail:
+  return tails.draw(
+    np.random.default_rng(codewords),
+    batch=shape.batch,
+    kv_heads=shape.kv_heads,
+    group=shape.group,
+    dim=shape.head_dim,
+    codewords=codewords,
+    level=level,
+  )
 
 
 def close(part: attention.Part, expected: attention.Part) -> bool:
@@ -103,6 +124,45 @@ def test_wrong_kernel_fails(fault):
   assert not close(run(WRONG, args, fault), exact(args))
 
 
+@settings(max_examples=6, deadline=None)
+@given(
+  group=st.sampled_from([1, 3, 4]),
+  head_dim=st.sampled_from([64, 128, 256]),
+  dtype=st.sampled_from([jnp.float32, jnp.bfloat16]),
+  codewords=st.sampled_from([1, 8, 37, 64]),
+  level=st.sampled_from([-300.0, -2.0, 3.0, 300.0]),
+  splits=st.sampled_from([1, 3]),
+  seen=st.booleans(),
+)
+def test_a_tail(group, head_dim, dtype, codewords, level, splits, seen):
+  """Also without a token, and where some CTAs have codewords alone."""
+  shape = Shape(1, 2, group, 2, 7, head_dim, dtype, cut(1, 2, splits))
+  q, k, v, mask = arguments(shape)
+  args, tail = (q, k, v, mask & seen), tail_for(shape, codewords, level)
+  assert close(run(shape, args, tail=tail), exact(args, tail))
+
+
+@pytest.mark.parametrize(
+  "fault",
+  [
+    "last page",
+    "mask",
+    "scale",
+    "stale",
+    "last codewords",
+    "tail scale",
+    "no tail total",
+    "tail total again",
+  ],
+)
+def test_wrong_kernel_fails_with_a_tail(fault):
+  """Two CTAs; the peak of the tokens is above that of the tail for some heads."""
+  shape = WRONG._replace(tiles=cut(1, 2, 2))
+  args, tail = arguments(shape), tail_for(shape, 37)
+  assert close(run(shape, args, tail=tail), exact(args, tail))
+  assert not close(run(shape, args, fault, tail), exact(args, tail))
+
+
 @pytest.mark.skipif(
   jax.__version_info__ < (0, 12), reason="the interpreter of jax 0.11 sees fewer races"
 )
@@ -121,6 +181,7 @@ def test_tiles_by_shape():
   assert gpu.Tiles.of(**llama | {"group": 8}).steps == 2
   assert gpu.Tiles.of(**llama | {"heads": 1024}).splits == 1
   assert gpu.Tiles.of(**llama | {"tokens": 1}).splits == 1
+  assert gpu.Tiles.of(**llama | {"tokens": 88, "codewords": 1024}).splits == 8
 
 
 def test_bad_tiles_are_refused():

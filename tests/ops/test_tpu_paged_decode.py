@@ -1,16 +1,20 @@
 """The TPU kernel of paged_decode in interpret mode against the reference."""
 
-from typing import NamedTuple
+import dataclasses
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from jax.experimental.pallas import tpu as pltpu
 
 from a2ats_jax import attention
 from a2ats_jax.ops.paged_decode import reference, tpu
 from a2ats_jax.ops.tiles import DecodeTiles, PageFormat
+from tests.ops import tails
 
 STRICT = pltpu.InterpretParams(
   detect_races=True, uninitialized_memory="nan", out_of_bounds_reads="raise"
@@ -91,14 +95,19 @@ def _packed(x: Inputs, case: Case, interpret, **kwargs) -> attention.Part:
   )
 
 
-def _apart(x: Inputs, case: Case, interpret) -> attention.Part:
-  return tpu.paged_decode(*x, tiles=DecodeTiles(pages=case.tile), interpret=interpret)
+def _apart(x: Inputs, case: Case, interpret, **kwargs) -> attention.Part:
+  tiles = DecodeTiles(pages=case.tile)
+  return tpu.paged_decode(*x, tiles=tiles, interpret=interpret, **kwargs)
 
 
-def _assert_equal(got: attention.Part, x: Inputs, rounding: float) -> None:
+def _assert_equal(
+  got: attention.Part, x: Inputs, rounding: float, tail: attention.Tail | None = None
+) -> None:
   """Equal to the reference: each output within the rounding of the terms of its sum."""
-  want = reference.paged_decode(*x)
-  terms = reference.paged_decode(x.q, x.keys, jnp.abs(x.values), x.mask).out
+  want, positive = reference.paged_decode(*x, tail=tail), tail
+  if tail is not None:
+    positive = dataclasses.replace(tail, sums=jnp.abs(tail.sums))
+  terms = reference.paged_decode(x.q, x.keys, jnp.abs(x.values), x.mask, tail=positive).out
   for name in ("out", "peak", "total"):
     assert getattr(got, name).dtype == jnp.float32
     assert getattr(got, name).shape == getattr(want, name).shape
@@ -193,16 +202,123 @@ def test_large_logits():
   np.testing.assert_allclose(attention.finish(part), attention.finish(want), atol=1e-3)
 
 
-@pytest.mark.parametrize("mutation", tpu._Mutation)
+def _tail(case: Case, codewords: int, level: float = 0.0) -> attention.Tail:
+  return tails.draw(
+    np.random.default_rng(codewords),
+    batch=case.b,
+    kv_heads=case.kv_heads,
+    group=case.group,
+    dim=case.dim,
+    codewords=codewords,
+    level=level,
+  )
+
+
+def _blocks_of_128(
+  x: Inputs, case: Case, tail: attention.Tail, packed: bool, **how: Any
+) -> attention.Part:
+  """Either form of the kernel, with blocks of as few codewords as a TPU allows."""
+  form, heads = None, case.b * case.kv_heads
+  operands = [y.reshape(heads, case.f, case.page, case.dim) for y in (x.keys, x.values)]
+  if packed:
+    form = PageFormat(page=case.page, dim=case.dim, dtype=case.dtype)
+    operands = [form.pack(*operands)]
+  tiles = DecodeTiles(pages=case.tile)
+  return tpu._decode(x.q, operands, x.mask, form, tail, tiles, codewords=128, **how)
+
+
+@settings(max_examples=8, deadline=None)
+@given(
+  group=st.sampled_from([1, 3, 4]),
+  dim=st.sampled_from([64, 128, 256]),
+  dtype=st.sampled_from([BF16, F32]),
+  codewords=st.sampled_from([1, 7, 128, 129, 300]),
+  level=st.sampled_from([-300.0, -2.0, 3.0, 300.0]),
+  packed=st.booleans(),
+  seen=st.booleans(),
+)
+def test_a_tail(group, dim, dtype, codewords, level, packed, seen):
+  """Also in front of pages without a token."""
+  case = Case(1, 2, group, 3, 16, dim, dtype, 2)
+  x, tail = _inputs(case), _tail(case, codewords, level)
+  x = x._replace(mask=x.mask & seen)
+  got = _blocks_of_128(x, case, tail, packed, interpret=True)
+  _assert_equal(got, x, _rounding(case), tail)
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_a_tail_strictly(packed):
+  """Nothing is taken from beyond the last codeword, nor before it is written."""
+  case = CASES["smollm, last block overlaps"]
+  x, tail = _inputs(case), _tail(case, 130)
+  got = _blocks_of_128(x, case, tail, packed, interpret=STRICT)
+  _assert_equal(got, x, _rounding(case), tail)
+
+
+def test_a_row_of_nan_leaves_the_others_alone():
+  case = CASES["float32"]
+  x, tail = _inputs(case), _tail(case, 130)
+  bad = dataclasses.replace(tail, sums=tail.sums.at[0].set(jnp.nan))
+  got = _blocks_of_128(
+    x._replace(values=x.values.at[0].set(jnp.nan)), case, bad, False, interpret=True
+  )
+  assert np.all(np.isnan(got.out[0, 0, 1:]))
+  second = Inputs(*(y[1:] for y in x))
+  _assert_equal(
+    jax.tree.map(lambda y: y[1:], got), second, 0.0, jax.tree.map(lambda y: y[1:], tail)
+  )
+
+
+def test_no_page_but_a_tail():
+  case = CASES["float32"]._replace(f=0)
+  q, pages = jnp.ones((2, 1, 8, 128)), jnp.zeros((2, 1, 0, 8, 128))
+  tail = _tail(case, 5)
+  part = _apart(Inputs(q, pages, pages, jnp.zeros((2, 1, 0, 8), bool)), case, False, tail=tail)
+  np.testing.assert_array_equal(part.total, tail.total)
+  np.testing.assert_array_equal(part.peak, tail.peak)
+  np.testing.assert_array_equal(part.out, attention.weigh(tail.weights, tail.sums))
+
+
+@pytest.mark.parametrize(
+  ("count", "dim", "size"),
+  [
+    (1024, 128, 1024),
+    (1024, 256, 512),
+    (1024, 64, 1024),
+    (1100, 128, 640),
+    (1, 128, 1),
+    (9, 64, 9),
+  ],
+)
+def test_codewords_at_a_time(count, dim, size):
+  """Half a megabyte in VMEM, where 64 dimensions take the room of 128."""
+  assert tpu._codewords(count, dim) == size
+
+
+def _of_tail(mutation: tpu._Mutation) -> bool:
+  return "TAIL" in mutation.name or "CODEWORDS" in mutation.name
+
+
+@pytest.mark.parametrize("mutation", [x for x in tpu._Mutation if not _of_tail(x)])
 def test_a_wrong_kernel_is_seen(mutation):
   case = CASES["smollm, last block overlaps"]
   x = _inputs(case)
   form = PageFormat(page=case.page, dim=case.dim, dtype=case.dtype)
   pages = form.pack(x.keys, x.values).reshape(4, case.f, form.rows, 128)
   tiles = DecodeTiles(pages=case.tile)
-  wrong = tpu._decode(x.q, [pages], x.mask, form, tiles, True, mutation)
+  wrong = tpu._decode(x.q, [pages], x.mask, form, None, tiles, True, mutation)
   with pytest.raises(AssertionError):
     _assert_equal(wrong, x, _rounding(case))
+
+
+@pytest.mark.parametrize("mutation", tpu._Mutation)
+def test_a_wrong_kernel_is_seen_with_a_tail(mutation):
+  """The peak of the pages is above that of the tail for some heads, and below for others."""
+  case = CASES["smollm, last block overlaps"]
+  x, tail = _inputs(case), _tail(case, 300)
+  wrong = _blocks_of_128(x, case, tail, False, interpret=True, mutation=mutation)
+  with pytest.raises(AssertionError):
+    _assert_equal(wrong, x, _rounding(case), tail)
 
 
 @pytest.mark.parametrize(

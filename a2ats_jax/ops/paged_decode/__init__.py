@@ -1,8 +1,8 @@
-"""Attention of one decode step over fetched pages."""
+"""Attention of one decode step over pages, and a tail in the same softmax."""
 
 from types import MappingProxyType
 
-from a2ats_jax.attention import Part
+from a2ats_jax.attention import Part, Tail
 from a2ats_jax.ops import dispatch, stored_tiles
 from a2ats_jax.ops.paged_decode import gpu, reference, tpu
 from a2ats_jax.ops.pages import BytePages, Pages
@@ -25,31 +25,46 @@ def shape_of(q: Array, pages: Pages, mask: Array) -> stored_tiles.Shape:
   }
 
 
-def _on_tpu(q: Array, pages: Pages, mask: Array) -> Part:
-  tiles = stored_tiles.find("paged_decode", DecodeTiles, shape_of(q, pages, mask))
+def _stored[Tiles](
+  tiles: type[Tiles], q: Array, pages: Pages, mask: Array, tail: Tail | None
+) -> Tiles | None:
+  """Measured tile sizes; none with a tail, as they were measured without."""
+  if tail is not None:
+    return None
+  return stored_tiles.find("paged_decode", tiles, shape_of(q, pages, mask))
+
+
+def _on_tpu(q: Array, pages: Pages, mask: Array, *, tail: Tail | None = None) -> Part:
+  tiles = _stored(DecodeTiles, q, pages, mask, tail)
   if isinstance(pages, BytePages):
-    return tpu.packed_decode(q, pages.data, mask, form=pages.form, tiles=tiles)
-  return tpu.paged_decode(q, pages.keys, pages.values, mask, tiles=tiles)
+    return tpu.packed_decode(q, pages.data, mask, form=pages.form, tail=tail, tiles=tiles)
+  return tpu.paged_decode(q, pages.keys, pages.values, mask, tail=tail, tiles=tiles)
 
 
-def _not_on_tpu(backend: str, q: Array, pages: Pages, mask: Array) -> list[str]:
+def _not_on_tpu(
+  backend: str, q: Array, pages: Pages, mask: Array, *, tail: Tail | None = None
+) -> list[str]:
+  del tail
   if isinstance(pages, BytePages):  # whose format was checked when it was made
     return tpu.backend_hindrances(backend)
   return tpu.hindrances(backend, q, pages.keys, pages.values, mask)
 
 
-def _on_gpu(q: Array, pages: Pages, mask: Array) -> Part:
-  tiles = stored_tiles.find("paged_decode", gpu.Tiles, shape_of(q, pages, mask))
-  return gpu.paged_decode(q, pages.keys, pages.values, mask, tiles=tiles)
+def _on_gpu(q: Array, pages: Pages, mask: Array, *, tail: Tail | None = None) -> Part:
+  tiles = _stored(gpu.Tiles, q, pages, mask, tail)
+  return gpu.paged_decode(q, pages.keys, pages.values, mask, tail=tail, tiles=tiles)
 
 
-def _not_on_gpu(backend: str, q: Array, pages: Pages, mask: Array) -> list[str]:
+def _not_on_gpu(
+  backend: str, q: Array, pages: Pages, mask: Array, *, tail: Tail | None = None
+) -> list[str]:
+  del tail
   reasons = gpu.hindrances(backend, q, pages.keys, pages.values, mask)
   return reasons + ["pages must be floats, got bytes"] * isinstance(pages, BytePages)
 
 
-def _anywhere(q: Array, pages: Pages, mask: Array) -> Part:
-  return reference.paged_decode(q, pages.keys, pages.values, mask)
+def _anywhere(q: Array, pages: Pages, mask: Array, *, tail: Tail | None = None) -> Part:
+  return reference.paged_decode(q, pages.keys, pages.values, mask, tail=tail)
 
 
 IMPLEMENTATIONS = MappingProxyType(
@@ -66,6 +81,7 @@ def paged_decode(
   pages: Pages,
   mask: Bool[Array, "B K F P"],
   *,
+  tail: Tail | None = None,
   implementation: str = dispatch.AUTO,
 ) -> Part:
   """Softmax attention over the tokens of the mask: output, maximum and sum, not yet normalised.
@@ -75,6 +91,7 @@ def paged_decode(
     pages: F pages of P tokens for every row and KV head, keys rotated, as
       :func:`a2ats_jax.store.fetch` brings them.
     mask: tokens that count; none at all is allowed. The others' keys and values must be finite.
+    tail: an estimate of other keys, which joins the same softmax; finite sums and weights.
     implementation: by name, or ``auto``.
   """
-  return dispatch.call("paged_decode", IMPLEMENTATIONS, implementation, q, pages, mask)
+  return dispatch.call("paged_decode", IMPLEMENTATIONS, implementation, q, pages, mask, tail=tail)

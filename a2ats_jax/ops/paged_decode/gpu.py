@@ -6,6 +6,10 @@ few query heads of a group give tensor cores nothing to do, and the op is bound 
 products are float32 multiply-adds in registers: rows of a block are tokens, spread over warps, and
 the lanes of a warp share the head dimension. Every row of threads keeps a running softmax of its
 own tokens; the rows are merged when the CTA is done, the CTAs of one head by ``attention.merge``.
+
+A tail is where the running softmax starts: every row of threads begins at the tail's peak, one of
+them at its total, and with the sums of its own codewords, which the CTAs share as they share
+tokens. They are read while the first tokens are on their way, straight into registers.
 """
 
 import dataclasses
@@ -30,7 +34,18 @@ _HEAD_DIMS = (64, 128, 256)
 _GROUP = 8
 _LOW = -1e30  # below every logit; finite, so that a row without tokens makes no NaN
 # What a test can break, to see that its comparison or the race detector notices.
-_Fault = Literal["last page", "mask", "scale", "wait", "fence", "stale"]
+_Fault = Literal[
+  "last page",
+  "mask",
+  "scale",
+  "wait",
+  "fence",
+  "stale",
+  "last codewords",
+  "tail scale",
+  "no tail total",
+  "tail total again",
+]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -53,7 +68,16 @@ class Tiles:
         raise UserError(f"paged_decode: tile size {name} must be at least 1, got {size}")
 
   @classmethod
-  def of(cls, *, heads: int, group: int, tokens: int, head_dim: int, itemsize: int) -> "Tiles":
+  def of(
+    cls,
+    *,
+    heads: int,
+    group: int,
+    tokens: int,
+    head_dim: int,
+    itemsize: int,
+    codewords: int = 0,
+  ) -> "Tiles":
     """Blocks of 8 KiB, four of them at once, and CTAs for two rounds of a Hopper's 132 SMs.
 
     Args:
@@ -62,9 +86,10 @@ class Tiles:
       tokens: F P, of each row and KV head.
       head_dim: D.
       itemsize: bytes of a number of the pages.
+      codewords: C, of the tail; they count where there are more of them than tokens.
     """
     steps = 4 if group <= 4 else 2
-    blocks = -(-tokens // (steps * _rows(head_dim, itemsize)))
+    blocks = -(-max(tokens, codewords) // (steps * _rows(head_dim, itemsize)))
     wanted = max(1, min(_CTAS // heads, blocks // 4))
     share = -(-blocks // wanted)
     return cls(steps=steps, stages=4, splits=-(-blocks // share))
@@ -116,6 +141,7 @@ def paged_decode(
   values: Float[Array, "B K F P D"],
   mask: Bool[Array, "B K F P"],
   *,
+  tail: attention.Tail | None = None,
   tiles: Tiles | None = None,
   interpret: Any = None,
   _fault: _Fault | None = None,
@@ -125,14 +151,23 @@ def paged_decode(
   The reference rounds its weights to the dtype of the values first; here they stay float32.
 
   Args:
+    tail: an estimate of other keys.
     tiles: how tokens are cut; chosen by shape if not given.
     interpret: ``InterpretGPUParams`` runs the kernel on the CPU.
   """
   b, _, h, d = q.shape
   kv_heads, group = keys.shape[1], h // keys.shape[1]
   heads, tokens, itemsize = b * kv_heads, mask.size // (b * kv_heads), keys.dtype.itemsize
+  codewords = 0 if tail is None else tail.sums.shape[2]
   if tiles is None:
-    tiles = Tiles.of(heads=heads, group=group, tokens=tokens, head_dim=d, itemsize=itemsize)
+    tiles = Tiles.of(
+      heads=heads,
+      group=group,
+      tokens=tokens,
+      head_dim=d,
+      itemsize=itemsize,
+      codewords=codewords,
+    )
   tiles.check(head_dim=d, itemsize=itemsize)
   rows = _rows(d, itemsize)
   size = tiles.steps * rows
@@ -141,10 +176,21 @@ def paged_decode(
     flat = [jnp.pad(x, ((0, 0), (0, size - tokens), (0, 0))) for x in flat]
     tokens = size
   k, v, counts = flat
-  splits = min(tiles.splits, -(-tokens // size))
+  more = [] if tail is None else _tail_operands(tail, heads, rows, size, _fault)
+  if more:
+    codewords = more[1].shape[1]
+  splits = min(tiles.splits, -(-max(tokens, codewords) // size))
   used = tokens - (mask.shape[3] if _fault == "last page" else 0)
   run = plgpu.kernel(
-    functools.partial(_body, tiles=tiles, rows=rows, splits=splits, tokens=used, fault=_fault),
+    functools.partial(
+      _body,
+      tiles=tiles,
+      rows=rows,
+      splits=splits,
+      tokens=used,
+      codewords=codewords,
+      fault=_fault,
+    ),
     out_type=(
       jax.ShapeDtypeStruct((heads, splits, group, d), jnp.float32),
       jax.ShapeDtypeStruct((heads, splits, group, rows), jnp.float32),
@@ -166,11 +212,11 @@ def paged_decode(
   scaled = q.astype(jnp.float32).reshape(heads, group, d)
   if _fault != "scale":
     scaled = scaled * d**-0.5
-  out, peak, total = run(scaled, k, v, counts[..., 0])
+  out, peak, total = run(scaled, k, v, counts[..., 0], *more)
   # Rows of threads first: their outputs are merged already, towards the largest of their peaks.
   top = jnp.max(peak, axis=-1)
   total = jnp.sum(total * jnp.exp(peak - top[..., None]), axis=-1)
-  peak = jnp.where(total > 0, top, -jnp.inf)
+  peak = jnp.where(top > _LOW, top, -jnp.inf)
   return attention.merge(
     [
       attention.Part(
@@ -179,6 +225,27 @@ def paged_decode(
       for i in range(splits)
     ]
   )
+
+
+def _tail_operands(
+  tail: attention.Tail, heads: int, rows: int, size: int, fault: _Fault | None
+) -> list[Array]:
+  """Weights, sums, and the peak and total that every row of threads starts with.
+
+  Args:
+    size: of a block of codewords, which may overlap another, but not the end.
+  """
+  group, count = tail.peak.shape[2] * tail.peak.shape[0] // heads, tail.sums.shape[2]
+  weights = tail.weights.reshape(heads, group, count)
+  sums = tail.sums.reshape(heads, count, -1)
+  if count < size:
+    more = ((0, 0), (0, 0), (0, size - count))
+    weights = jnp.pad(weights, more)
+    sums = jnp.pad(sums, (more[0], more[2], more[1]))
+  peak, total = (x.reshape(heads, group, 1) for x in (tail.peak, tail.total))
+  peak = jnp.broadcast_to(jnp.maximum(peak, _LOW), (heads, group, rows))
+  total = jnp.pad(total, ((0, 0), (0, 0), (0, rows - 1)))  # of one row of threads
+  return [weights, sums, peak, jnp.zeros_like(total) if fault == "no tail total" else total]
 
 
 def _lanes(head_dim: int, itemsize: int) -> int:
@@ -203,10 +270,16 @@ def _layout(head_dim: int, itemsize: int) -> Any:
 
 
 def _body(
-  *refs: Any, tiles: Tiles, rows: int, splits: int, tokens: int, fault: _Fault | None
+  *refs: Any,
+  tiles: Tiles,
+  rows: int,
+  splits: int,
+  tokens: int,
+  codewords: int,
+  fault: _Fault | None,
 ) -> None:
-  """One CTA: some of the tokens of one row and KV head."""
-  q, k, v, mask, out, peaks, totals, keys, values, parts, tops, ready = refs
+  """One CTA: some of the tokens of one row and KV head, and some codewords of the tail."""
+  q, k, v, mask, *tail, out, peaks, totals, keys, values, parts, tops, ready = refs
   split, head = jax.lax.axis_index("split"), jax.lax.axis_index("head")
   group, d = q.shape[1:]
   stages, size = tiles.stages, tiles.steps * rows
@@ -263,6 +336,8 @@ def _body(
     for g in range(group):
       new = functools.reduce(jnp.maximum, logits[g], peak[g])
       shrink = jnp.exp(peak[g] - new)
+      if fault == "tail scale":
+        shrink = jnp.where(block == 0, jnp.ones_like(shrink), shrink)
       for i in range(tiles.steps):
         weights[g].append(jnp.where(seen[i], jnp.exp(logits[g][i] - new), 0.0))
       peak[g], total[g] = new, functools.reduce(jnp.add, weights[g], total[g] * shrink)
@@ -281,11 +356,37 @@ def _body(
   def full(shape, value, layout):
     return plgpu.layout_cast(jnp.full(shape, value, jnp.float32), layout)
 
-  carry = (
-    tuple(full((rows,), _LOW, by_row) for _ in range(group)),
-    tuple(full((rows,), 0.0, by_row) for _ in range(group)),
-    tuple(full((rows, d), 0.0, layout) for _ in range(group)),
-  )
+  peak = tuple(full((rows,), _LOW, by_row) for _ in range(group))
+  total = tuple(full((rows,), 0.0, by_row) for _ in range(group))
+  acc = tuple(full((rows, d), 0.0, layout) for _ in range(group))
+  if tail:
+    weights, sums, begins, totals_of_tail = tail
+    along = -(-codewords // size)
+    portion = -(-along // splits)
+    begin = split * portion
+    mine = jnp.minimum(along - int(fault == "last codewords") - begin, portion)
+
+    def add(block, acc):
+      at = jnp.minimum((begin + block) * size, codewords - size)
+      known = (begin + block) * size - at  # codewords of the block before
+      acc = list(acc)
+      for i in range(tiles.steps):
+        here = pl.ds(at + i * rows, rows)
+        line = plgpu.load(sums.at[head, here], layout=layout, optimized=False)
+        for g in range(group):
+          weight = plgpu.load(weights.at[head, g, here], layout=by_row, optimized=False)
+          weight = jnp.where(row + i * rows >= known, weight, 0.0)
+          acc[g] = acc[g] + wide(weight) * line
+      return tuple(acc)
+
+    acc = jax.lax.fori_loop(0, mine, add, acc)
+    once = jnp.where((split == 0) | (fault == "tail total again"), 1.0, 0.0)
+    peak, total = (
+      tuple(plgpu.load(x.at[head, g], layout=by_row, optimized=False) for g in range(group))
+      for x in (begins, totals_of_tail)
+    )
+    total = tuple(x * once for x in total)
+  carry = peak, total, acc
   peak, total, acc = jax.lax.fori_loop(0, count, step, carry)
   for g in range(group):
     # Rows of threads meet in shared memory: outputs towards the largest of their peaks.

@@ -3,6 +3,9 @@
 One row and KV head after the other, a block of its pages at a time: the block's bytes are
 reinterpreted in VMEM, so what a store holds as ``int8`` rows becomes keys and values without a pass
 of its own. The query heads of the KV head are the rows of both products, padded to whole tiles.
+
+A tail is where the running softmax starts: its peak and total are those of the first step, its
+output is summed a block of codewords at a time, and the pages follow.
 """
 
 import enum
@@ -29,6 +32,13 @@ class _Mutation(enum.Enum):
   NO_SCALE = "logits are not divided by sqrt(D)"
   STALE = "a KV head starts with the sums of the one before"
   NO_RESCALE = "sums keep the scale of the peak before"
+  LAST_CODEWORDS = "the last block of codewords is left out"
+  TAIL_NO_RESCALE = "what the tail summed up keeps the scale of the tail's peak"
+  NO_TAIL_TOTAL = "the tail's total is left out"
+  TAIL_TOTAL_AGAIN = "the tail's total counts at every block of codewords"
+
+
+_TAIL_BYTES = 512 << 10  # of a block of sums, of which two are held
 
 
 def backend_hindrances(backend: str) -> list[str]:
@@ -56,6 +66,7 @@ def paged_decode(
   values: Float[Array, "B K F P D"],
   mask: Bool[Array, "B K F P"],
   *,
+  tail: attention.Tail | None = None,
   tiles: DecodeTiles | None = None,
   interpret: bool | pltpu.InterpretParams = False,
 ) -> attention.Part:
@@ -65,12 +76,13 @@ def paged_decode(
     q: rotated, any float dtype; scaled by ``1/sqrt(D)`` here.
     keys, values: F pages of every row and KV head.
     mask: tokens that count; none at all is allowed. The others' keys and values must be finite.
+    tail: an estimate of other keys.
     tiles: pages at a time, chosen by shape where None.
     interpret: run it on a CPU.
   """
   b, kv_heads, f, page, dim = keys.shape
   operands = [x.reshape(b * kv_heads, f, page, dim) for x in (keys, values)]
-  return _decode(q, operands, mask, None, tiles, interpret)
+  return _decode(q, operands, mask, None, tail, tiles, interpret)
 
 
 def packed_decode(
@@ -79,6 +91,7 @@ def packed_decode(
   mask: Bool[Array, "B K F P"],
   *,
   form: PageFormat,
+  tail: attention.Tail | None = None,
   tiles: DecodeTiles | None = None,
   interpret: bool | pltpu.InterpretParams = False,
 ) -> attention.Part:
@@ -91,12 +104,13 @@ def packed_decode(
     pages: F pages of every row and KV head.
     mask: tokens that count; none at all is allowed. The others' keys and values must be finite.
     form: what the bytes of a page are.
+    tail: an estimate of other keys.
     tiles: pages at a time, chosen by shape where None.
     interpret: run it on a CPU.
   """
   b, kv_heads, f, rows, lanes = pages.shape
   operands = [pages.reshape(b * kv_heads, f, rows, lanes)]
-  return _decode(q, operands, mask, form, tiles, interpret)
+  return _decode(q, operands, mask, form, tail, tiles, interpret)
 
 
 def _decode(
@@ -104,12 +118,23 @@ def _decode(
   operands: list[Array],
   mask: Array,
   form: PageFormat | None,
+  tail: attention.Tail | None,
   tiles: DecodeTiles | None,
   interpret: bool | pltpu.InterpretParams,
   mutation: _Mutation | None = None,
+  codewords: int | None = None,
 ) -> attention.Part:
+  """Both forms of the kernel.
+
+  Args:
+    operands: the pages, in one array or two.
+    form: of pages of bytes.
+    codewords: of a tail, at a time; a multiple of 128, chosen by shape where None.
+  """
   b, _, heads, dim = q.shape
   kv_heads, f, page = mask.shape[1:]
+  if not f and tail is not None:
+    return tail.part()
   if not f:
     none = jnp.zeros(q.shape[:3], jnp.float32)
     return attention.Part(jnp.zeros(q.shape, jnp.float32), none - jnp.inf, none)
@@ -133,7 +158,14 @@ def _decode(
   seen = seen.reshape(lead, blocks, 1, size * page)
   if mutation is _Mutation.LAST_PAGE:
     seen = seen.at[..., -1, 0, -page:].set(0)
-  # Left to choose where the pages lie, XLA may copy them all to VMEM before the kernel starts.
+  more = []
+  if tail is not None:
+    weights = tail.weights.reshape(lead, group, -1)
+    begin = jnp.stack([tail.peak, tail.total], axis=-1).reshape(lead, group, 2)
+    unused = ((0, 0), (0, rows - group), (0, 0))
+    sums = tail.sums.reshape(lead, -1, dim)
+    more = [jnp.pad(weights, unused), _in_hbm(sums), jnp.pad(begin, unused)]
+    codewords = codewords or _codewords(sums.shape[1], dim)
   out, peak, total = _build(
     lead=lead,
     rows=rows,
@@ -144,14 +176,34 @@ def _decode(
     pages=f,
     page=page,
     size=size,
+    tail=[x.shape[1:] for x in more],
+    codewords=codewords or 0,
     scale=1.0 if mutation is _Mutation.NO_SCALE else dim**-0.5,
     load=partial(_packed, form=form) if form else _apart,
     interpret=interpret,
     mutation=mutation,
-  )(x, *(pltpu.with_memory_space_constraint(pages, pltpu.HBM) for pages in operands), seen)
+  )(x, *map(_in_hbm, operands), seen, *more)
   out = out[:, :group, width - dim :].reshape(b, 1, heads, dim)
   peak, total = (y[:, :group, 0].reshape(b, 1, heads) for y in (peak, total))
   return attention.Part(out, peak, total)
+
+
+def _codewords(count: int, dim: int) -> int:
+  """Codewords at a time: blocks as even as can be, none above half a megabyte.
+
+  Args:
+    count: C.
+    dim: D.
+  """
+  most = _TAIL_BYTES // (4 * max(dim, LANES))
+  blocks = -(-count // most)
+  even = -(-count // blocks)
+  return count if blocks == 1 else -(-even // LANES) * LANES
+
+
+def _in_hbm(x: Array) -> Array:
+  """Left to choose where pages lie, XLA may copy them all to VMEM before the kernel starts."""
+  return pltpu.with_memory_space_constraint(x, pltpu.HBM)
 
 
 def _build(
@@ -165,29 +217,49 @@ def _build(
   pages: int,
   page: int,
   size: int,
+  tail: list[tuple[int, ...]],
+  codewords: int,
   scale: float,
   load: Callable[..., tuple[list[Array], list[Array]]],
   interpret: bool | pltpu.InterpretParams,
   mutation: _Mutation | None,
 ):
-  blocks = -(-pages // size)
+  count = tail[1][0] if tail else 0
+  before = -(-count // codewords) if tail else 0  # blocks of codewords, in front of the pages
 
   def here(i, j):
     return i, 0, 0
 
+  def block(j):
+    return jnp.maximum(j - before, 0) if tail else j
+
   def block_of(shape):
     exact = tuple(pl.Element(n) for n in (1, size, *shape))
-    return pl.BlockSpec(exact, lambda i, j: (i, jnp.minimum(j * size, pages - size), 0, 0))
+    return pl.BlockSpec(exact, lambda i, j: (i, jnp.minimum(block(j) * size, pages - size), 0, 0))
 
+  def of_tail(j):
+    return jnp.minimum(j, before - 1)
+
+  of_codewords = (
+    [
+      pl.BlockSpec((1, rows, codewords), lambda i, j: (i, 0, of_tail(j))),
+      pl.BlockSpec((1, codewords, tail[1][1]), lambda i, j: (i, of_tail(j), 0)),
+      pl.BlockSpec((1, rows, 2), here),
+    ]
+    if tail
+    else []
+  )
   tokens = lead * pages * page
   read = sum(lead * pages * math.prod(s) * jnp.dtype(d).itemsize for s, d in zip(shapes, dtypes))
+  read += sum(4 * lead * math.prod(s) for s in tail)
   return pl.pallas_call(
-    partial(_kernel, scale=scale, load=load, mutation=mutation),
-    grid=(lead, blocks),
+    partial(_kernel, scale=scale, load=load, codewords=count, mutation=mutation),
+    grid=(lead, before + -(-pages // size)),
     in_specs=[
       pl.BlockSpec((1, rows, width), here),
       *(block_of(shape) for shape in shapes),
-      pl.BlockSpec((1, 1, 1, size * page), lambda i, j: (i, j, 0, 0)),
+      pl.BlockSpec((1, 1, 1, size * page), lambda i, j: (i, block(j), 0, 0)),
+      *of_codewords,
     ],
     out_specs=[
       pl.BlockSpec((1, rows, width), here),
@@ -206,7 +278,7 @@ def _build(
     ],
     compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
     cost_estimate=pl.CostEstimate(
-      flops=4 * tokens * rows * width,
+      flops=4 * tokens * rows * width + 2 * lead * count * rows * width,
       bytes_accessed=read + 4 * tokens + 3 * 4 * lead * rows * (width + LANES),
       transcendentals=tokens * rows,
     ),
@@ -250,44 +322,94 @@ def _product(a: Array, b: Array, axis: int) -> Array:
 
 
 def _kernel(
-  q_ref, *refs, scale: float, load: Callable[..., tuple[list[Array], list[Array]]], mutation
+  q_ref,
+  *refs,
+  scale: float,
+  load: Callable[..., tuple[list[Array], list[Array]]],
+  codewords: int,
+  mutation: _Mutation | None,
 ):
-  *kv_refs, mask_ref, out_ref, peak_ref, total_ref, acc, top, mass = refs
-  row, block = pl.program_id(0), pl.program_id(1)
-  first = (block == 0) & (row == 0) if mutation is _Mutation.STALE else block == 0
+  *refs, out_ref, peak_ref, total_ref, acc, top, mass = refs
+  row, step, before = pl.program_id(0), pl.program_id(1), 0
+  peak, total = jnp.full((q_ref.shape[1], 1), -jnp.inf), jnp.zeros((q_ref.shape[1], 1))
+  if codewords:
+    *refs, weights_ref, sums_ref, begin_ref = refs
+    before = -(-codewords // weights_ref.shape[2])
+    peak, total = begin_ref[0, :, :1], begin_ref[0, :, 1:]
+  if mutation is _Mutation.NO_TAIL_TOTAL:
+    total = jnp.zeros_like(total)
+  first = (step == 0) & (row == 0) if mutation is _Mutation.STALE else step == 0
 
   @pl.when(first)
   def _():
     acc[...] = jnp.zeros_like(acc)
-    top[...] = jnp.full_like(top, -jnp.inf)
-    mass[...] = jnp.zeros_like(mass)
+    top[...] = jnp.broadcast_to(peak, top.shape)
+    mass[...] = jnp.broadcast_to(total, mass.shape)
 
-  keys, values = load(kv_refs)
-  q, step = q_ref[0], keys[0].shape[1]
-  scores = _product(q[:, :step], keys[0], 1)
-  for i, k in enumerate(keys[1:], 1):
-    scores += _product(q[:, i * step : (i + 1) * step], k, 1)
-  seen = mask_ref[0, 0]
-  if mutation is _Mutation.MASK_OFF_BY_ONE:
-    seen = jnp.roll(seen, 1, axis=1)
-  seen = jnp.broadcast_to(seen, scores.shape) != 0
-  scores = jnp.where(seen, scores * scale, -jnp.inf)
-  old = top[...]
-  new = jnp.maximum(old, jnp.max(scores, axis=1, keepdims=True))
-  base = jnp.where(new == -jnp.inf, 0.0, new)
-  shrink = jnp.exp(old - base)
-  if mutation is _Mutation.NO_RESCALE:
-    shrink = jnp.ones_like(shrink)
-  p = jnp.exp(scores - base[:, :1])
-  top[...] = new
-  mass[...] = mass[...] * shrink + jnp.sum(p, axis=1, keepdims=True)
-  weights = p.astype(values[0].dtype)
-  for i, v in enumerate(values):
-    at = slice(i * v.shape[1], (i + 1) * v.shape[1])
-    acc[:, at] = acc[:, at] * shrink[:, :1] + _product(weights, v, 0)
+  if codewords:
 
-  @pl.when(block == pl.num_programs(1) - 1)
+    @pl.when(step < before - int(mutation is _Mutation.LAST_CODEWORDS))
+    def _():
+      _sum_up(acc, weights_ref[0], sums_ref[0], peak, codewords, step)
+      if mutation is _Mutation.TAIL_TOTAL_AGAIN:
+        mass[...] += jnp.broadcast_to(jnp.where(step > 0, total, 0.0), mass.shape)
+
+  def attend():
+    *kv_refs, mask_ref = refs
+    keys, values = load(kv_refs)
+    q, wide = q_ref[0], keys[0].shape[1]
+    scores = _product(q[:, :wide], keys[0], 1)
+    for i, k in enumerate(keys[1:], 1):
+      scores += _product(q[:, i * wide : (i + 1) * wide], k, 1)
+    seen = mask_ref[0, 0]
+    if mutation is _Mutation.MASK_OFF_BY_ONE:
+      seen = jnp.roll(seen, 1, axis=1)
+    seen = jnp.broadcast_to(seen, scores.shape) != 0
+    scores = jnp.where(seen, scores * scale, -jnp.inf)
+    old = top[...]
+    new = jnp.maximum(old, jnp.max(scores, axis=1, keepdims=True))
+    base = jnp.where(new == -jnp.inf, 0.0, new)
+    shrink = jnp.exp(old - base)
+    if mutation is _Mutation.NO_RESCALE:
+      shrink = jnp.ones_like(shrink)
+    if mutation is _Mutation.TAIL_NO_RESCALE:
+      shrink = jnp.where(step == before, 1.0, shrink)
+    p = jnp.exp(scores - base[:, :1])
+    top[...] = new
+    mass[...] = mass[...] * shrink + jnp.sum(p, axis=1, keepdims=True)
+    weights = p.astype(values[0].dtype)
+    for i, v in enumerate(values):
+      at = slice(i * v.shape[1], (i + 1) * v.shape[1])
+      acc[:, at] = acc[:, at] * shrink[:, :1] + _product(weights, v, 0)
+
+  if before:
+    pl.when(step >= before)(attend)
+  else:
+    attend()
+
+  @pl.when(step == pl.num_programs(1) - 1)
   def _():
     out_ref[0] = acc[...]
     peak_ref[0] = top[...]
     total_ref[0] = mass[...]
+
+
+def _sum_up(acc, weights: Array, sums: Array, peak: Array, codewords: int, block: Array) -> None:
+  """A block of codewords into the sums of values.
+
+  Args:
+    acc: where the values lie in the last lanes, as they do beside the keys of half a tile.
+    peak: of the tail; where it is ``-inf`` nothing counts.
+    codewords: in all; the last block may reach past them, to where anything lies.
+  """
+  rows, size = weights.shape
+  counts = jnp.broadcast_to(peak > -jnp.inf, weights.shape)
+  if codewords % size:
+    left = codewords - block * size
+    counts &= jax.lax.broadcasted_iota(jnp.int32, weights.shape, 1) < left
+    sums = jnp.where(jax.lax.broadcasted_iota(jnp.int32, sums.shape, 0) < left, sums, 0.0)
+  out = _product(jnp.where(counts, weights, 0.0), sums, 0)
+  beside = acc.shape[1] - sums.shape[1]
+  if beside:
+    out = jnp.concatenate([jnp.zeros((rows, beside), jnp.float32), out], axis=1)
+  acc[...] += out
