@@ -17,7 +17,7 @@ import numpy as np
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from a2ats_jax import store
-from a2ats_jax.attention import Part
+from a2ats_jax.attention import Part, Tail
 from a2ats_jax.errors import UserError
 from a2ats_jax.ops import lookup, page_fetch, paged_decode, stored_tiles, vq_encode
 from a2ats_jax.ops.pages import BytePages, FloatPages
@@ -144,7 +144,8 @@ def cases(layer: LayerCase, family: Family, *, interpret: bool = False) -> list[
   how: dict[str, Any] = {}
   if interpret:
     how = {"interpret": True if family == "tpu" else plgpu.InterpretGPUParams()}
-  found = [_fetch(layer, family, how, host=False), _decode(layer, family, how)]
+  found = [_fetch(layer, family, how, host=False)]
+  found += [_decode(layer, family, how, codewords) for codewords in (0, layer.codewords)]
   found.append(_encode(layer, family, how, layer.keys))
   if family == "tpu":
     found.append(_encode(layer, family, how, layer.batch))  # on a GPU a step has too few
@@ -214,13 +215,14 @@ def _fetch(layer: LayerCase, family: Family, how: dict[str, Any], *, host: bool)
   )
 
 
-def _decode(layer: LayerCase, family: Family, how: dict[str, Any]) -> KernelCase:
+def _decode(layer: LayerCase, family: Family, how: dict[str, Any], codewords: int) -> KernelCase:
   rng = np.random.default_rng(1)
   dtype, d, fetched = jnp.dtype(layer.dtype), layer.head_dim, layer.fetched
   lead = (layer.batch, layer.kv_heads, fetched, layer.page)
   q = jnp.asarray(rng.normal(size=(layer.batch, 1, layer.heads, d)), dtype)
   keys, values = (jnp.asarray(rng.normal(size=(*lead, d)), dtype) for _ in range(2))
   mask = jnp.asarray(rng.random(lead) < 0.5)
+  tail = _tail(layer, rng) if codewords else None
   each = 2 * layer.page * d * dtype.itemsize
   pages: BytePages | FloatPages = FloatPages(keys, values)
   rounding = 0.0
@@ -233,38 +235,55 @@ def _decode(layer: LayerCase, family: Family, how: dict[str, Any]) -> KernelCase
     tokens, heads = fetched * layer.page, layer.batch * layer.kv_heads
     group, size = layer.heads // layer.kv_heads, dtype.itemsize
     chosen = paged_decode.gpu.Tiles.of(
-      heads=heads, group=group, tokens=tokens, head_dim=d, itemsize=size
+      heads=heads, group=group, tokens=tokens, head_dim=d, itemsize=size, codewords=codewords
     )
     splits = _around(chosen.splits, most=4 * chosen.splits, steps=1)
     grid = {"steps": (2, 4, 8), "stages": (2, 4, 6), "splits": splits}
 
-  def kernel(q: Array, pages: Any, mask: Array, tiles: Any) -> Part:
+  def kernel(q: Array, pages: Any, mask: Array, tail: Tail | None, tiles: Any) -> Part:
+    options = {"tail": tail, "tiles": tiles, **how}
     if family == "tpu":
-      return paged_decode.tpu.packed_decode(
-        q, pages.data, mask, form=pages.form, tiles=tiles, **how
-      )
-    return paged_decode.gpu.paged_decode(q, pages.keys, pages.values, mask, tiles=tiles, **how)
+      return paged_decode.tpu.packed_decode(q, pages.data, mask, form=pages.form, **options)
+    return paged_decode.gpu.paged_decode(q, pages.keys, pages.values, mask, **options)
+
+  def public(q: Array, pages: Any, mask: Array, tail: Tail | None, **options: Any) -> Part:
+    return paged_decode.paged_decode(q, pages, mask, tail=tail, **options)
 
   def problem(got: Part) -> str | None:
     exact = paged_decode.reference.paged_decode
     x, k, v = (x.astype(jnp.float32) for x in (q, keys, values))
-    want, terms = exact(x, k, v, mask), exact(x, k, jnp.abs(v), mask).out
+    sizes = dataclasses.replace(tail, sums=jnp.abs(tail.sums)) if tail else None
+    want, terms = exact(x, k, v, mask, tail=tail), exact(x, k, jnp.abs(v), mask, tail=sizes).out
     return _far_off(got, want, np.asarray(terms) * (rounding + SUMS))
 
-  args = (q, pages, mask)
+  args = (q, pages, mask, tail)
+  note = f"{fetched} pages of a KV head"
   return KernelCase(
     op="paged_decode",
-    note=f"{fetched} pages of a KV head",
+    note=f"{note}, a tail of {codewords} codewords" if codewords else note,
     args=args,
     varied=0,
     shape=paged_decode.shape_of(*args),
-    public=paged_decode.paged_decode,
+    public=public,
     kernel=kernel,
     chosen=chosen,
     grid=grid,
-    traffic=math.prod(lead[:3]) * each,
+    traffic=math.prod(lead[:3]) * each + 4 * layer.batch * layer.kv_heads * codewords * d,
     yardstick="device to device",
     problem=problem,
+  )
+
+
+def _tail(layer: LayerCase, rng: np.random.Generator) -> Tail:
+  """Sums of values of every codeword, with weights as of keys like those in pages."""
+  heads = (layer.batch, 1, layer.heads)
+  sums = (layer.batch, layer.kv_heads, layer.codewords, layer.head_dim)
+  weights = jnp.asarray(rng.random((*heads, layer.codewords)), jnp.float32)
+  return Tail(
+    weights=weights,
+    sums=jnp.asarray(rng.normal(size=sums), jnp.float32),
+    peak=jnp.asarray(rng.normal(size=heads), jnp.float32),
+    total=jnp.sum(weights, axis=-1),
   )
 
 

@@ -10,7 +10,7 @@ from a2ats_jax.ops.tiles import DecodeTiles
 from a2ats_jax.typing import Array, Bool, Float
 
 
-def shape_of(q: Array, pages: Pages, mask: Array) -> stored_tiles.Shape:
+def shape_of(q: Array, pages: Pages, mask: Array, tail: Tail | None = None) -> stored_tiles.Shape:
   """What stored tiles are looked up by."""
   b, kv_heads, fetched, page = mask.shape
   packed = isinstance(pages, BytePages)
@@ -22,20 +22,12 @@ def shape_of(q: Array, pages: Pages, mask: Array) -> stored_tiles.Shape:
     "dim": q.shape[3],
     "dtype": str(pages.form.dtype if packed else pages.keys.dtype),
     "bytes": packed,
+    "codewords": 0 if tail is None else tail.sums.shape[2],
   }
 
 
-def _stored[Tiles](
-  tiles: type[Tiles], q: Array, pages: Pages, mask: Array, tail: Tail | None
-) -> Tiles | None:
-  """Measured tile sizes; none with a tail, as they were measured without."""
-  if tail is not None:
-    return None
-  return stored_tiles.find("paged_decode", tiles, shape_of(q, pages, mask))
-
-
 def _on_tpu(q: Array, pages: Pages, mask: Array, *, tail: Tail | None = None) -> Part:
-  tiles = _stored(DecodeTiles, q, pages, mask, tail)
+  tiles = stored_tiles.find("paged_decode", DecodeTiles, shape_of(q, pages, mask, tail))
   if isinstance(pages, BytePages):
     return tpu.packed_decode(q, pages.data, mask, form=pages.form, tail=tail, tiles=tiles)
   return tpu.paged_decode(q, pages.keys, pages.values, mask, tail=tail, tiles=tiles)
@@ -51,7 +43,7 @@ def _not_on_tpu(
 
 
 def _on_gpu(q: Array, pages: Pages, mask: Array, *, tail: Tail | None = None) -> Part:
-  tiles = _stored(gpu.Tiles, q, pages, mask, tail)
+  tiles = stored_tiles.find("paged_decode", gpu.Tiles, shape_of(q, pages, mask, tail))
   return gpu.paged_decode(q, pages.keys, pages.values, mask, tail=tail, tiles=tiles)
 
 
