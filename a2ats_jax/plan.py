@@ -286,9 +286,9 @@ def paged_temporary(case: Case, m: Paged) -> int:
   (early, _), _ = _linear_numbers(c)
   encoding = codebooks(case, m) // c.global_layers + early * case.size
   table = b * c.heads * _cells(case, m) * F32
-  # The cut holds scores, their integer form, a mask and the result; the tail one more.
+  # The cut holds scores, their integer form, a mask and the result.
   if m.budget.per == "query_head":
-    tables = (5 if m.tail == "centroid" else 4) * table
+    tables = 4 * table
   else:
     tables = 2 * table + 4 * table // c.group
   near = 2 * b * c.kv_heads * (m.sinks + _ring(m)) * c.head_dim * case.cache_size

@@ -241,13 +241,10 @@ def _decode(layer: LayerCase, family: Family, how: dict[str, Any], codewords: in
     grid = {"steps": (2, 4, 8), "stages": (2, 4, 6), "splits": splits}
 
   def kernel(q: Array, pages: Any, mask: Array, tail: Tail | None, tiles: Any) -> Part:
-    options = {"tail": tail, "tiles": tiles, **how}
+    options: dict[str, Any] = {"tail": tail, "tiles": tiles, **how}
     if family == "tpu":
       return paged_decode.tpu.packed_decode(q, pages.data, mask, form=pages.form, **options)
     return paged_decode.gpu.paged_decode(q, pages.keys, pages.values, mask, **options)
-
-  def public(q: Array, pages: Any, mask: Array, tail: Tail | None, **options: Any) -> Part:
-    return paged_decode.paged_decode(q, pages, mask, tail=tail, **options)
 
   def problem(got: Part) -> str | None:
     exact = paged_decode.reference.paged_decode
@@ -264,7 +261,7 @@ def _decode(layer: LayerCase, family: Family, how: dict[str, Any], codewords: in
     args=args,
     varied=0,
     shape=paged_decode.shape_of(*args),
-    public=public,
+    public=paged_decode.paged_decode,
     kernel=kernel,
     chosen=chosen,
     grid=grid,
@@ -341,9 +338,9 @@ def _encode(layer: LayerCase, family: Family, how: dict[str, Any], n: int) -> Ke
 def _lookup(layer: LayerCase, how: dict[str, Any]) -> KernelCase:
   """What is taken of the first cell of every page, as ``index.pages_of`` asks."""
   rng = np.random.default_rng(3)
-  heads, numbers = (layer.batch * layer.kv_heads, 1), SEGMENTS * layer.codewords
-  tables = rng.integers(0, 1 << 20, (*heads, numbers), dtype=np.int32)
-  places = np.sort(rng.integers(0, numbers, (*heads, layer.pages), dtype=np.int32), axis=-1)
+  heads, numbers = layer.batch * layer.kv_heads, SEGMENTS * layer.codewords
+  tables = rng.integers(0, 1 << 20, (heads, numbers), dtype=np.int32)
+  places = np.sort(rng.integers(0, numbers, (heads, layer.pages), dtype=np.int32), axis=-1)
   chosen = LookupTiles.of(numbers=numbers)
 
   def kernel(tables: Array, places: Array, tiles: Any) -> Array:

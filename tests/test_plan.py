@@ -89,10 +89,10 @@ def test_a2ats_of_llama_at_128k_by_hand():
   assert plan.page_bytes(case, m) == 8192
   assert plan.pages(case, m) == 256 * 8200 * 8192 == 17196646400
   # Later tokens: ceil((128 + 64) / 64) segments of 64 = 192. Cells: 8 4096 + 192 = 32960.
-  # Ring: 64 + 16 = 80 tokens. Cuts: 9.
+  # Ring: 64 + 16 = 80 tokens. Cuts: 9. The index holds 129 tiles of 8 rows of 128 slots, 132096.
   assert plan.paged_state(case, m) == {
     "cell counts": 256 * 32960 * 4,
-    "cell and rank of every slot": 256 * 2 * 131200 * 4,
+    "cell and rank of every slot": 256 * 2 * 132096 * 4,
     "page edges": 256 * 3 * 8192 * 4,
     "sinks and recent tokens": 256 * (2 * 88 * 128 * 2 + 80 * 4),
     "codes of later tokens": 256 * 192 * 4,

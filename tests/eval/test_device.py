@@ -36,7 +36,7 @@ def test_the_small_form_reports_everything(tmp_path, capsys):
   }
   assert kinds["card"][0]["versions"]["jax"] == jax.__version__
   assert {row["copy"] for row in kinds["copy"]} == {"host to device", "device to device"}
-  assert len(kinds["kernel"]) == 4
+  assert len(kinds["kernel"]) == 5
   for row in kinds["kernel"]:
     assert row["implementation"] == "reference"
     assert "ok" not in row  # nothing was compared with itself

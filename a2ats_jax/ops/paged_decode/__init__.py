@@ -26,7 +26,7 @@ def shape_of(q: Array, pages: Pages, mask: Array, tail: Tail | None = None) -> s
   }
 
 
-def _on_tpu(q: Array, pages: Pages, mask: Array, *, tail: Tail | None = None) -> Part:
+def _on_tpu(q: Array, pages: Pages, mask: Array, tail: Tail | None = None) -> Part:
   tiles = stored_tiles.find("paged_decode", DecodeTiles, shape_of(q, pages, mask, tail))
   if isinstance(pages, BytePages):
     return tpu.packed_decode(q, pages.data, mask, form=pages.form, tail=tail, tiles=tiles)
@@ -34,7 +34,7 @@ def _on_tpu(q: Array, pages: Pages, mask: Array, *, tail: Tail | None = None) ->
 
 
 def _not_on_tpu(
-  backend: str, q: Array, pages: Pages, mask: Array, *, tail: Tail | None = None
+  backend: str, q: Array, pages: Pages, mask: Array, tail: Tail | None = None
 ) -> list[str]:
   del tail
   if isinstance(pages, BytePages):  # whose format was checked when it was made
@@ -42,20 +42,20 @@ def _not_on_tpu(
   return tpu.hindrances(backend, q, pages.keys, pages.values, mask)
 
 
-def _on_gpu(q: Array, pages: Pages, mask: Array, *, tail: Tail | None = None) -> Part:
+def _on_gpu(q: Array, pages: Pages, mask: Array, tail: Tail | None = None) -> Part:
   tiles = stored_tiles.find("paged_decode", gpu.Tiles, shape_of(q, pages, mask, tail))
   return gpu.paged_decode(q, pages.keys, pages.values, mask, tail=tail, tiles=tiles)
 
 
 def _not_on_gpu(
-  backend: str, q: Array, pages: Pages, mask: Array, *, tail: Tail | None = None
+  backend: str, q: Array, pages: Pages, mask: Array, tail: Tail | None = None
 ) -> list[str]:
   del tail
   reasons = gpu.hindrances(backend, q, pages.keys, pages.values, mask)
   return reasons + ["pages must be floats, got bytes"] * isinstance(pages, BytePages)
 
 
-def _anywhere(q: Array, pages: Pages, mask: Array, *, tail: Tail | None = None) -> Part:
+def _anywhere(q: Array, pages: Pages, mask: Array, tail: Tail | None = None) -> Part:
   return reference.paged_decode(q, pages.keys, pages.values, mask, tail=tail)
 
 
@@ -72,8 +72,8 @@ def paged_decode(
   q: Float[Array, "B 1 H D"],
   pages: Pages,
   mask: Bool[Array, "B K F P"],
-  *,
   tail: Tail | None = None,
+  *,
   implementation: str = dispatch.AUTO,
 ) -> Part:
   """Softmax attention over the tokens of the mask: output, maximum and sum, not yet normalised.
@@ -86,4 +86,4 @@ def paged_decode(
     tail: an estimate of other keys, which joins the same softmax; finite sums and weights.
     implementation: by name, or ``auto``.
   """
-  return dispatch.call("paged_decode", IMPLEMENTATIONS, implementation, q, pages, mask, tail=tail)
+  return dispatch.call("paged_decode", IMPLEMENTATIONS, implementation, q, pages, mask, tail)
