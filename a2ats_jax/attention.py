@@ -40,14 +40,15 @@ class Part:
 )
 @dataclasses.dataclass(frozen=True)
 class Tail:
-  r"""An estimate of attention over many keys by few: a weight and a sum of values per codeword.
+  r"""An estimate of attention over tokens that are not read, by codeword: weight times mean value.
 
   Attributes:
-    weights: of a codeword, the weight of its keys over their number, relative to
-      :math:`e^{peak}`; float32, and 0 where the tail holds no key.
-    sums: of the values of its keys, float32.
-    peak: the largest logit, ``-inf`` where the tail holds no key.
-    total: the weight of all keys, relative to :math:`e^{peak}`; 0 where there is none.
+    weights: of every codeword, the weight of its tokens that are not read over the number of all
+      its far tokens, relative to :math:`e^{peak}`; float32, 0 where the peak is ``-inf``.
+    sums: of the values of all its far tokens, float32.
+    peak: the largest logit of a token that is not read, ``-inf`` where there is none.
+    total: the weight of all tokens that are not read, relative to :math:`e^{peak}`; 0 where the
+      peak is ``-inf``.
   """
 
   weights: Float[Array, "B 1 H C"]

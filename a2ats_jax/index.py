@@ -77,13 +77,13 @@ Order = Literal["cell", "arrival"]
 
 
 def rows_of(slots: int, page: int) -> int:
-  """Rows of 128 that hold so many slots: whole tiles of a TPU and whole pages.
+  """Rows of 128 that hold so many slots: whole pages, and whole tiles where a row is whole pages.
 
   Args:
     slots: of a row and KV head.
     page: P.
   """
-  unit = math.lcm(SUBLANES * LANES, page)
+  unit = math.lcm(LANES, page) if LANES % page else SUBLANES * LANES
   return -(-slots // unit) * unit // LANES
 
 
@@ -370,6 +370,7 @@ def look(
   Args:
     index: of all layers; only the rows asked for are read.
     ids: 0 .. N - 1.
+    layer: whose pages.
   """
   _, b, kv_heads, lines, _ = index.cells.shape
   rows = jnp.arange(b, dtype=jnp.int32)[:, None, None]

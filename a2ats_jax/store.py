@@ -182,8 +182,8 @@ def _to(x: Array | np.ndarray, host: bool) -> Array:
 @partial(jax.jit, static_argnums=(0, 1, 2))
 def _zeros(shape: tuple[int, ...], dtype: jnp.dtype, host: bool) -> Array:
   """Zeros; in host memory a block at a time, since whole they would first lie on the device."""
-  if not host:
-    return jnp.zeros(shape, dtype)
+  if not host or not math.prod(shape):
+    return _to(jnp.zeros(shape, dtype), host)
   rows, width = math.prod(shape[:-1]), shape[-1]
   block = max(1, min(rows, _BLOCK_BYTES // (width * dtype.itemsize)))
   none = jnp.zeros((block, width), dtype)

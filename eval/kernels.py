@@ -27,7 +27,6 @@ from a2ats_jax.typing import Array
 Family = Literal["tpu", "gpu"]
 SUMS = 2e-5  # of up to some thousand products of size one, in two orders
 ROUNDED = 2.0**-8  # weights in bfloat16, against a running peak here and the last one there
-SEGMENTS = 8  # of a2ats-plus
 NEAR_TIE = 1e-5  # how far below the best a code may score, in parts of |k L| |c L|
 
 
@@ -39,6 +38,9 @@ class LayerCase:
     heads: H. kv_heads: K. head_dim: D. codewords: C. page: P, tokens a page. batch: B.
     pages: N, of a row and KV head.
     fetched: F, pages of a row and KV head fetched at once.
+    near: pages of sinks and ring, of ``near_page`` tokens, attended with the tail.
+    cells: of a KV head under eight segments, and looked up for so many ``edges``, the pages of the
+      prompt.
     keys: encoded at once.
     dtype: of keys, values and queries.
   """
@@ -51,6 +53,10 @@ class LayerCase:
   batch: int
   pages: int
   fetched: int
+  near: int
+  near_page: int
+  cells: int
+  edges: int
   keys: int
   dtype: str
 
@@ -145,11 +151,12 @@ def cases(layer: LayerCase, family: Family, *, interpret: bool = False) -> list[
   if interpret:
     how = {"interpret": True if family == "tpu" else plgpu.InterpretGPUParams()}
   found = [_fetch(layer, family, how, host=False)]
-  found += [_decode(layer, family, how, codewords) for codewords in (0, layer.codewords)]
+  found += [_decode(layer, family, how, near) for near in (False, True)]
   found.append(_encode(layer, family, how, layer.keys))
   if family == "tpu":
     found.append(_encode(layer, family, how, layer.batch))  # on a GPU a step has too few
-    found.append(_lookup(layer, how))  # there is none for a GPU
+    tokens = layer.fetched * layer.page
+    found += [_lookup(layer, how, places) for places in (layer.edges, tokens)]  # not on a GPU
   if family == "tpu" or not interpret:  # the GPU interpreter takes no array of host memory
     found.append(_fetch(layer, family, how, host=True))
   return found
@@ -215,24 +222,28 @@ def _fetch(layer: LayerCase, family: Family, how: dict[str, Any], *, host: bool)
   )
 
 
-def _decode(layer: LayerCase, family: Family, how: dict[str, Any], codewords: int) -> KernelCase:
+def _decode(layer: LayerCase, family: Family, how: dict[str, Any], near: bool) -> KernelCase:
+  """Attention over fetched pages, or over near tokens with a tail."""
   rng = np.random.default_rng(1)
-  dtype, d, fetched = jnp.dtype(layer.dtype), layer.head_dim, layer.fetched
-  lead = (layer.batch, layer.kv_heads, fetched, layer.page)
+  dtype, d = jnp.dtype(layer.dtype), layer.head_dim
+  count, page = (layer.near, layer.near_page) if near else (layer.fetched, layer.page)
+  lead = (layer.batch, layer.kv_heads, count, page)
   q = jnp.asarray(rng.normal(size=(layer.batch, 1, layer.heads, d)), dtype)
   keys, values = (jnp.asarray(rng.normal(size=(*lead, d)), dtype) for _ in range(2))
   mask = jnp.asarray(rng.random(lead) < 0.5)
-  tail = _tail(layer, rng) if codewords else None
-  each = 2 * layer.page * d * dtype.itemsize
+  codewords = layer.codewords if near else 0
+  tail = _tail(layer, rng) if near else None
+  each = 2 * page * d * dtype.itemsize
   pages: BytePages | FloatPages = FloatPages(keys, values)
   rounding = 0.0
   if family == "tpu":
-    pages = BytePages(_form(layer).pack(keys, values), _form(layer))
-    chosen: Any = DecodeTiles.of(pages=fetched, page_bytes=each)
-    grid: dict[str, Sequence[int]] = {"pages": _around(chosen.pages, most=fetched)}
+    if not near:
+      pages = BytePages(_form(layer).pack(keys, values), _form(layer))
+    chosen: Any = DecodeTiles.of(pages=count, page_bytes=each)
+    grid: dict[str, Sequence[int]] = {"pages": _around(chosen.pages, most=count)}
     rounding = ROUNDED if dtype == jnp.bfloat16 else 0.0
   else:
-    tokens, heads = fetched * layer.page, layer.batch * layer.kv_heads
+    tokens, heads = count * page, layer.batch * layer.kv_heads
     group, size = layer.heads // layer.kv_heads, dtype.itemsize
     chosen = paged_decode.gpu.Tiles.of(
       heads=heads, group=group, tokens=tokens, head_dim=d, itemsize=size, codewords=codewords
@@ -242,8 +253,10 @@ def _decode(layer: LayerCase, family: Family, how: dict[str, Any], codewords: in
 
   def kernel(q: Array, pages: Any, mask: Array, tail: Tail | None, tiles: Any) -> Part:
     options: dict[str, Any] = {"tail": tail, "tiles": tiles, **how}
-    if family == "tpu":
+    if isinstance(pages, BytePages):
       return paged_decode.tpu.packed_decode(q, pages.data, mask, form=pages.form, **options)
+    if family == "tpu":
+      return paged_decode.tpu.paged_decode(q, pages.keys, pages.values, mask, **options)
     return paged_decode.gpu.paged_decode(q, pages.keys, pages.values, mask, **options)
 
   def problem(got: Part) -> str | None:
@@ -254,10 +267,10 @@ def _decode(layer: LayerCase, family: Family, how: dict[str, Any], codewords: in
     return _far_off(got, want, np.asarray(terms) * (rounding + SUMS))
 
   args = (q, pages, mask, tail)
-  note = f"{fetched} pages of a KV head"
+  note = f"{count * page} near tokens and a tail of {codewords} codewords"
   return KernelCase(
     op="paged_decode",
-    note=f"{note}, a tail of {codewords} codewords" if codewords else note,
+    note=note if near else f"{count} pages of a KV head",
     args=args,
     varied=0,
     shape=paged_decode.shape_of(*args),
@@ -265,7 +278,7 @@ def _decode(layer: LayerCase, family: Family, how: dict[str, Any], codewords: in
     kernel=kernel,
     chosen=chosen,
     grid=grid,
-    traffic=math.prod(lead[:3]) * each + 4 * layer.batch * layer.kv_heads * codewords * d,
+    traffic=math.prod(lead[:3]) * each + sum(x.nbytes for x in jax.tree.leaves(tail)),
     yardstick="device to device",
     problem=problem,
   )
@@ -335,12 +348,12 @@ def _encode(layer: LayerCase, family: Family, how: dict[str, Any], n: int) -> Ke
   )
 
 
-def _lookup(layer: LayerCase, how: dict[str, Any]) -> KernelCase:
-  """What is taken of the first cell of every page, as ``index.pages_of`` asks."""
+def _lookup(layer: LayerCase, how: dict[str, Any], count: int) -> KernelCase:
+  """What is taken of the cells of so many pages or tokens, mostly in the order of cells."""
   rng = np.random.default_rng(3)
-  heads, numbers = layer.batch * layer.kv_heads, SEGMENTS * layer.codewords
+  heads, numbers = layer.batch * layer.kv_heads, layer.cells
   tables = rng.integers(0, 1 << 20, (heads, numbers), dtype=np.int32)
-  places = np.sort(rng.integers(0, numbers, (heads, layer.pages), dtype=np.int32), axis=-1)
+  places = np.sort(rng.integers(0, numbers, (heads, count), dtype=np.int32), axis=-1)
   chosen = LookupTiles.of(numbers=numbers)
 
   def kernel(tables: Array, places: Array, tiles: Any) -> Array:
@@ -353,7 +366,7 @@ def _lookup(layer: LayerCase, how: dict[str, Any]) -> KernelCase:
   args = (jnp.asarray(tables), jnp.asarray(places))
   return KernelCase(
     op="lookup",
-    note=f"{layer.pages} of {numbers} numbers",
+    note=f"{count} of {numbers} numbers",
     args=args,
     varied=1,
     shape=lookup.shape_of(*args),

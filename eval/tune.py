@@ -1,6 +1,7 @@
 """Tile sizes tried on the device at hand: each checked against the reference, all timed in turn."""
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,9 @@ import jax.numpy as jnp
 from a2ats_jax.budget import Budget
 from a2ats_jax.codebook import make_codebook
 from a2ats_jax.errors import UserError
+from a2ats_jax.far import FarPosition
 from a2ats_jax.files import write_atomically
-from a2ats_jax.methods.a2ats import A2ATS
+from a2ats_jax.methods.a2ats import A2ATS, ring_of
 from a2ats_jax.models.config import ModelConfig
 from a2ats_jax.ops import stored_tiles
 from a2ats_jax.ops.vq_encode import MANY
@@ -33,6 +35,10 @@ SMALLEST = LayerCase(
   batch=1,
   pages=4,
   fetched=2,
+  near=3,
+  near_page=8,
+  cells=130,
+  edges=4,
   keys=64,
   dtype="float32",
 )
@@ -68,6 +74,7 @@ def layer_of(
   each = 2 * page * config.head_dim * jnp.dtype(dtype).itemsize
   held = -(-T // page) + -(-new // page)
   fetched = method.stage_pages(T + new, held, batch * config.kv_heads * each)
+  near_page = math.gcd(A2ATS.sinks, page)
   return LayerCase(
     heads=config.heads,
     kv_heads=config.kv_heads,
@@ -77,6 +84,10 @@ def layer_of(
     batch=batch,
     pages=min(held, max(_STORE // batch, 1)),
     fetched=fetched,
+    near=(A2ATS.sinks + ring_of(A2ATS.window, page)) // near_page,
+    near_page=near_page,
+    cells=FarPosition.segments(8).cells(A2ATS.window, new, codewords),
+    edges=-(-T // page),
     keys=min(batch * T, MANY),
     dtype=dtype,
   )

@@ -236,6 +236,43 @@ def test_a_cells_tokens_lie_side_by_side():
   assert np.all(in_slot[..., T:] == CELLS)
 
 
+@pytest.mark.parametrize(
+  ("prompt", "new", "page"), [(1016, 48, 8), (240, 48, 24), (250, 30, 5), (128, 0, 16)]
+)
+def test_pages_lie_in_rows_of_128_slots(prompt, new, page):
+  """Pages that cross a row, tokens appended in every row, more than one tile; against NumPy."""
+  rng = np.random.default_rng(page)
+  cells = rng.integers(0, CELLS, (B, K, prompt + new)).astype(np.int32)
+  built, token = cell_index.build(
+    jnp.asarray(cells[..., :prompt]),
+    jnp.ones((B, prompt), bool),
+    count=CELLS,
+    slots=prompt + new,
+    page=page,
+  )
+  index = jax.tree.map(lambda x: x[None], built)
+  for step in range(new):
+    slot = jnp.full(B, prompt + step, jnp.int32)
+    index = append(index, jnp.asarray(cells[..., prompt + step]), slot)
+  later = np.broadcast_to(np.arange(prompt, prompt + new), (B, K, new))
+  place = np.concatenate([np.asarray(token), later], axis=-1)
+  same = cells[..., :, None] == cells[..., None, :]
+  ranks = np.sum(np.tril(same, -1), axis=-1)
+  held = [np.take_along_axis(x, place, axis=-1) for x in (cells, ranks)]
+  held = [x.reshape(B, K, -1, page) for x in held]
+  for got, want in zip(every_slot(index), held, strict=True):
+    np.testing.assert_array_equal(got, want)
+  found = cell_index.page_cells(index, layer=0)
+  for got, want in zip((found.cells, found.ranks), held, strict=True):
+    np.testing.assert_array_equal(got, want[:, :, -(-prompt // page) :])
+  # A token of another device counts, and takes no slot here, not even one that fills up a row.
+  past = jnp.full(B, prompt + new, jnp.int32)
+  further = append(index, jnp.zeros((B, K), jnp.int32), past)
+  assert np.all(np.asarray(further.counts - index.counts)[..., 0] == 1)
+  np.testing.assert_array_equal(further.cells, index.cells)
+  np.testing.assert_array_equal(further.ranks, index.ranks)
+
+
 def test_compact_lists_the_marked_pages():
   pages = np.zeros((1, 2, 5), bool)
   pages[0, 0, [1, 2, 4]] = True

@@ -341,3 +341,19 @@ def test_a_row_that_is_written_in_spite_of_minus_one_is_caught(monkeypatch, kern
   monkeypatch.setattr(paged, "_write_bytes", wrong)
   with pytest.raises(AssertionError, match="keys"):
     assert_bytes_give_floats(one_run(), kernels)
+
+
+@pytest.mark.parametrize("rows", [1, 7, 30, 99])
+def test_host_pages_are_zeroed_block_by_block(rows, monkeypatch):
+  """30 pages of 256 bytes in blocks of so many; what a block does not reach would not be zero."""
+  monkeypatch.setattr(paged, "_BLOCK_BYTES", rows * 256)
+  monkeypatch.setattr(jax.lax, "empty", lambda shape, dtype: jnp.full(shape, 7, dtype))
+  jax.clear_caches()
+  shape = {"layers": 2, "batch": 1, "kv_heads": 3, "head_dim": 8, "page": 4, "dtype": jnp.float32}
+  opened = paged.open_store(slots=20, placement="host", **shape)
+  empty = paged.open_store(slots=0, placement="host", **shape)
+  jax.clear_caches()
+  assert opened.pages.shape == (2, 1, 3, 5, 64)
+  assert opened.pages.sharding.memory_kind == empty.pages.sharding.memory_kind == "pinned_host"
+  assert not np.any(np.asarray(opened.pages))
+  assert empty.pages.shape == (2, 1, 3, 0, 64)

@@ -6,6 +6,8 @@ codeword. A decode step scores the cells, cuts them, fetches the pages that hold
 attends to the chosen tokens alone, so its output is that of
 :class:`a2ats_jax.methods.a2ats_reference.A2ATSReference`.
 
+What is near and the tail are attended in one call, and the pages of every stage merged into it.
+
 A token joins the index when it leaves the window and is read from the ring until its page is full;
 then the page is sealed, written as one block. Tokens that follow the prompt lie in order of
 arrival.
@@ -196,7 +198,7 @@ class A2ATS:
     prompt_slots = _whole(self.split.share(g.prompt), self.page)
     slots = prompt_slots + self.split.share(_whole(g.new, self.page) // self.page) * self.page
     lead = (g.layers, g.batch, g.kv_heads)
-    ring = _ring(self.window, self.page)
+    ring = ring_of(self.window, self.page)
     near = (*lead, self.sinks + ring, dim)
     return PagedState(
       store=paged.open_store(
@@ -591,7 +593,10 @@ class A2ATS:
   ) -> tuple[attention.Part, Int[Array, "B"]]:
     """Attention over sinks, window and chosen tokens of the page that is not full yet, and a tail.
 
-    Of a split, on the device that is to hold that page alone.
+    Of a split, that device alone counts these which is to hold the page.
+
+    Args:
+      rest: the tail, if there is one.
     """
     ring, page = state.codes.shape[3], self.page
     place = jnp.arange(ring, dtype=jnp.int32)[None]
@@ -666,7 +671,7 @@ def _whole(tokens: int, page: int) -> int:
   return -(-tokens // page) * page
 
 
-def _ring(window: int, page: int) -> int:
+def ring_of(window: int, page: int) -> int:
   """R: the window and the page that is not full yet, rounded up to whole pages."""
   return _whole(window, page) + page
 

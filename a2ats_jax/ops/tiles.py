@@ -27,9 +27,11 @@ BYTE_ROWS = 32
 HEAD_DIMS = (64, 128, 256)
 """Head sizes that pages of bytes are laid out for."""
 
+DECODE_BYTES = 512 << 10
+"""Of a block of pages of ``paged_decode``, of which two are held."""
+
 _HOST_BYTES = 256 << 10  # under way from host memory: 8 us at 32 GB/s
 _DEVICE_BYTES = 1 << 20  # under way from device memory: 1 us at 1 TB/s
-_DECODE_BYTES = 512 << 10  # of a block of pages, of which two are held
 _ENCODE_KEYS, _ENCODE_CODEWORDS = 512, 512  # a block of scores is 1 MiB
 
 
@@ -88,7 +90,7 @@ class DecodeTiles:
       pages: F, of one KV head.
       page_bytes: of one, keys and values.
     """
-    most = max(1, _DECODE_BYTES // page_bytes)
+    most = max(1, DECODE_BYTES // page_bytes)
     blocks = -(-pages // most)
     return cls(pages=-(-pages // blocks))
 
@@ -140,7 +142,8 @@ class LookupTiles:
   """Of ``lookup``.
 
   Attributes:
-    rows: rows of 128 numbers of a table that are gathered from before anything waits for one.
+    rows: of 128 numbers of a table, gathered from in one pass of the loop, so that their latencies
+      overlap.
   """
 
   rows: int

@@ -57,9 +57,11 @@ from a2ats_jax.codebook import make_codebook
 from a2ats_jax.far import FarPosition
 from a2ats_jax.methods.a2ats import A2ATS
 from a2ats_jax.methods.base import Geometry
+from a2ats_jax.ops import paged_decode as decode
 from a2ats_jax.ops.lookup import tpu as lookup
 from a2ats_jax.ops.page_fetch import tpu as page_fetch
 from a2ats_jax.ops.paged_decode import tpu as paged_decode
+from a2ats_jax.ops.pages import FloatPages
 from a2ats_jax.ops.tiles import DecodeTiles, PageFormat
 from a2ats_jax.ops.vq_encode import tpu as vq_encode
 from a2ats_jax.rope import RopeConfig, make_rope
@@ -72,6 +74,7 @@ B, H, K, D, P, C, F = 1, 32, 8, 128, 16, 1024, 128
 N = (128 << 10) // P  # pages a KV head of a context of 128K tokens
 L = 2
 CELLS = 8 * C + 320  # of eight segments, and of tokens after the prompt
+VMEM_BYTES = 16 << 20  # what XLA lets a kernel take on a v5e
 KERNELS = ("page_fetch", "page_write", "paged_decode", "vq_encode", "lookup")
 LLAMA = PageFormat(page=P, dim=D, dtype=BF16)
 
@@ -123,12 +126,18 @@ def _decode(form: PageFormat, dtype: jnp.dtype, pages: int, tiles: DecodeTiles |
 
 
 def _with_tail(
-  dtype: jnp.dtype, *, dim: int = D, codewords: int = C, form: PageFormat | None = None
+  dtype: jnp.dtype,
+  *,
+  dim: int = D,
+  codewords: int = C,
+  form: PageFormat | None = None,
+  page: int = 8,
 ) -> Program:
   """Attention over the near tokens of a step, or fetched pages, and a tail in one softmax.
 
   Args:
     form: of fetched pages; without it keys and values of 88 near tokens lie apart.
+    page: tokens of a page of near ones.
   """
   tail = attention.Tail(
     weights=Input((B, 1, H, codewords), F32),
@@ -136,12 +145,12 @@ def _with_tail(
     peak=Input((B, 1, H), F32),
     total=Input((B, 1, H), F32),
   )
-  pages = 11 if form is None else F
-  mask = Input((B, K, pages, 8 if form is None else form.page), jnp.bool_)
+  pages = (8 + 64 + P) // page if form is None else F
+  mask = Input((B, K, pages, page if form is None else form.page), jnp.bool_)
   q, keys = Input((B, 1, H, dim), dtype), Input((*mask.shape, dim), dtype)
 
-  def near(q, keys, values, mask, tail):
-    return paged_decode.paged_decode(q, keys, values, mask, tail=tail)
+  def near(q, keys, values, mask, tail):  # through the op, which asks whether the kernel can
+    return decode.paged_decode(q, FloatPages(keys, values), mask, tail)
 
   def far(q, pages, mask, tail):
     return paged_decode.packed_decode(q, pages, mask, form=form, tail=tail)
@@ -354,6 +363,8 @@ def _programs() -> dict[str, Program]:
     "paged_decode, near and a tail": _with_tail(BF16),
     "paged_decode, near and a tail of 300": _with_tail(F32, codewords=300),
     "paged_decode, near and a tail, float32 D=64": _with_tail(F32, dim=64),
+    "paged_decode, near and a tail, D=64": _with_tail(BF16, dim=64),
+    "paged_decode, near and a tail, 7 sinks": _with_tail(BF16, page=1),
     "paged_decode, near and a tail, D=256": _with_tail(BF16, dim=256),
     "paged_decode, near and a tail of 1": _with_tail(BF16, codewords=1),
     "paged_decode, pages and a tail": _with_tail(BF16, form=LLAMA),
@@ -494,13 +505,13 @@ def _inspect(program: Program, device: Any) -> dict[str, Any]:
 
 
 def _scheduled(row: dict[str, Any], program: Program, texts: Path) -> dict[str, Any]:
-  """A shorter row with the schedules of the kernels; the compiler's texts are taken away."""
+  """A shorter row with the schedules of the kernels."""
   schedules = tpu_schedules.read(texts, program.kernels)
-  for path in texts.iterdir():
-    path.unlink()
   row = {key: row[key] for key in ("program", "chip", "problem") if key in row}
   if schedules.keys() != set(program.kernels):
     row["problem"] = f"schedules of {sorted(schedules)}, expected {sorted(program.kernels)}"
+  elif max(of["vmem_bytes"] for of in schedules.values()) > VMEM_BYTES:
+    row["problem"] = f"a kernel allocates more than {VMEM_BYTES} bytes of VMEM"
   return row | {"schedules": schedules}
 
 
@@ -518,7 +529,8 @@ def main() -> int:
   chips, only = arguments.chips.split(","), arguments.only
   texts = Path(tempfile.mkdtemp()) if arguments.schedules else None
   if texts:
-    os.environ["LIBTPU_INIT_ARGS"] = tpu_schedules.FLAGS.format(folder=texts)
+    flags = tpu_schedules.FLAGS.format(folder=texts)
+    os.environ["LIBTPU_INIT_ARGS"] = f"{os.environ.get('LIBTPU_INIT_ARGS', '')} {flags}".strip()
   jax.default_backend = lambda: (
     "tpu"
   )  # what the library asks when it opens a store or picks a kernel
@@ -537,6 +549,8 @@ def main() -> int:
         continue
       row: dict[str, Any] = {"program": name, "chip": chip}
       control = name.startswith("control")
+      for path in texts.iterdir() if texts else ():  # of the program before
+        path.unlink()
       try:
         row |= _inspect(program, device)
         if texts:

@@ -39,7 +39,7 @@ from tests.lowered import collectives, lower_step
 
 TOPOLOGIES = {"v5e:2x2": Cut(1, 4), "v5p:2x2x2": Cut(2, 4)}
 TOKENS = (8 << 10, 128 << 10)
-KERNELS = ("page_fetch", "page_write", "paged_decode", "vq_encode", "lookup")
+KERNELS = ("page_fetch", "page_write", "paged_decode", "paged_decode", "vq_encode", "lookup")
 METHOD = plan.Paged(
   budget=Budget(tokens=2048, per="kv_head"),
   codewords=1024,
@@ -85,7 +85,7 @@ def _inspect(cut: Cut, devices: list[Any], tokens: int) -> dict[str, Any]:
     "plan_parts": of.device,
   }
   held, planned = (row[name] + row[temporary] for name, temporary in _MEMORY)
-  missing = [name for name in KERNELS if not row["calls"].get(name)]
+  missing = [name for name in set(KERNELS) if row["calls"].get(name, 0) < KERNELS.count(name)]
   if missing:
     row["problem"] = f"no call of {', '.join(missing)}"
   elif row["collective_bytes"] != {"all-reduce": cut.collective_bytes(case)}:

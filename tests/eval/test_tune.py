@@ -7,13 +7,18 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from a2ats_jax import cli
+from a2ats_jax import cli, index
 from a2ats_jax.budget import Budget
+from a2ats_jax.codebook import make_codebook
 from a2ats_jax.errors import UserError
-from a2ats_jax.ops import stored_tiles
+from a2ats_jax.far import FarPosition
+from a2ats_jax.methods import a2ats, paging
+from a2ats_jax.methods.base import Geometry
+from a2ats_jax.ops import lookup, paged_decode, stored_tiles
 from a2ats_jax.ops.page_fetch import reference
 from a2ats_jax.ops.tiles import FetchTiles
 from a2ats_jax.plan_known import find_model
+from a2ats_jax.rope import RopeConfig, make_rope
 from eval import kernels, tune
 
 pytestmark = pytest.mark.usefixtures("quick_to_compile")
@@ -122,3 +127,56 @@ def test_the_shapes_are_those_of_a_step():
   case = next(c for c in kernels.cases(dataclasses.replace(layers[0], pages=128), "gpu"))
   assert case.shape == {"fetched": 1024, "page": 4096, "dtype": "bfloat16", "host": False}
   assert case.args[0].dtype == jnp.bfloat16
+
+
+def test_cases_have_the_shapes_that_a_step_asks_for(monkeypatch):
+  """Sizes stored for another shape would never be read."""
+  asked = []
+
+  def noting(op, function):
+    def run(*args, **kwargs):
+      asked.append((function.__name__, op.shape_of(*args, **kwargs)))
+      return function(*args, **kwargs)
+
+    return run
+
+  monkeypatch.setattr(index, "lookup", noting(lookup, lookup.lookup))
+  for module in (a2ats, paging):
+    monkeypatch.setattr(module, "paged_decode", noting(paged_decode, paged_decode.paged_decode))
+  config, budget = find_model("llama-3.1-8b"), Budget(tokens=256, per="kv_head")
+  options = {"T": 2000, "page": 16, "codewords": 32, "new": 64, "dtype": "bfloat16", "batch": 2}
+  layer = tune.layer_of(config, budget=budget, **options)
+  shape = (1, layer.kv_heads, layer.codewords, layer.head_dim)
+  eye = jnp.broadcast_to(jnp.eye(layer.head_dim), (*shape[:2], *(layer.head_dim,) * 2))
+  method = a2ats.A2ATS(
+    codebook=make_codebook(jnp.zeros(shape), eye),
+    budget=budget,
+    far=FarPosition.segments(8),
+    tail="centroid",
+  )
+  geometry = Geometry(
+    batch=2,
+    layers=1,
+    heads=layer.heads,
+    kv_heads=layer.kv_heads,
+    head_dim=layer.head_dim,
+    prompt=2000,
+    new=64,
+    dtype=jnp.dtype(jnp.bfloat16),
+  )
+  rope = make_rope(RopeConfig(head_dim=layer.head_dim, theta=1e4))
+
+  def step(q, k):
+    positions = jnp.zeros((2, 1), jnp.int32)
+    state = method.init(geometry)
+    return method.attend(state, q, k, k, positions=positions, rope=rope, layer=0)[0]
+
+  heads = [(2, 1, n, layer.head_dim) for n in (layer.heads, layer.kv_heads)]
+  jax.eval_shape(step, *(jax.ShapeDtypeStruct(x, jnp.bfloat16) for x in heads))
+  tried = [*kernels.cases(layer, "gpu"), *kernels.cases(layer, "tpu")]
+  tried = [
+    c for c in tried if c.op == "lookup" or (c.op == "paged_decode" and not c.shape["bytes"])
+  ]
+  assert len(tried) == 5
+  for case in tried:
+    assert (case.op, case.shape) in asked

@@ -9,10 +9,12 @@ import pytest
 
 from a2ats_jax import store as paged
 from a2ats_jax.methods.a2ats import A2ATS
-from a2ats_jax.ops import dispatch, page_fetch, page_write, paged_decode
+from a2ats_jax.ops import dispatch, lookup, page_fetch, page_write, paged_decode, slot_fetch
+from a2ats_jax.ops.lookup import tpu as tables
 from a2ats_jax.ops.page_fetch import tpu as copies
 from a2ats_jax.ops.paged_decode import tpu as decode
 from a2ats_jax.ops.pages import FloatPages
+from a2ats_jax.ops.slot_fetch import tpu as slots
 from a2ats_jax.ops.tiles import PageFormat
 from tests import cases
 from tests.methods.test_a2ats_reference import OPTIONS
@@ -64,7 +66,7 @@ def test_equals_floats_bit_for_bit(floats, monkeypatch):
 
 
 def _kernels(patch: pytest.MonkeyPatch) -> None:
-  """All ops on pages run the kernels of a TPU, interpreted."""
+  """All ops on pages and on the index run the kernels of a TPU, interpreted."""
 
   def only(module, run):
     patch.setattr(module, "IMPLEMENTATIONS", {"tpu": dispatch.Implementation(run=run)})
@@ -74,12 +76,14 @@ def _kernels(patch: pytest.MonkeyPatch) -> None:
   zeros = dispatch.Implementation(run=partial(copies.page_zeros, interpret=True))
   patch.setattr(page_write, "ZEROS", {"tpu": zeros})
 
-  def attend(q, pages, mask, *, tail):
+  def attend(q, pages, mask, tail):
     if isinstance(pages, FloatPages):  # near tokens
       return decode.paged_decode(q, *pages, mask, tail=tail, interpret=True)
     return decode.packed_decode(q, pages.data, mask, form=pages.form, tail=tail, interpret=True)
 
   only(paged_decode, attend)
+  only(lookup, partial(tables.lookup, interpret=True))
+  only(slot_fetch, slots.slot_fetch)
 
 
 @pytest.fixture

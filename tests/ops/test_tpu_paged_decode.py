@@ -335,11 +335,14 @@ def test_a_wrong_kernel_is_seen_with_a_tail(mutation):
   ],
 )
 def test_what_hinders_it(page, dim, dtype, reasons):
-  q, mask = jnp.zeros((1, 1, 4, dim), dtype), jnp.zeros((1, 2, 3, page), bool)
-  keys = jnp.zeros((1, 2, 3, page, dim), dtype)
+  q, mask = jnp.zeros((1, 1, 4, dim), dtype), jnp.zeros((1, 2, 200, page), bool)
+  keys = jnp.zeros((1, 2, 200, page, dim), dtype)
   assert tpu.hindrances("tpu", q, keys, keys, mask) == reasons
   cpu = "it needs a TPU, and the backend is cpu"
   assert tpu.hindrances("cpu", q, keys, keys, mask) == [cpu, *reasons]
+  few = keys[:, :, :3]  # one block, whatever its pages are
+  dims = [reason for reason in reasons if "head size must" in reason]
+  assert tpu.hindrances("tpu", q, few, few, mask[:, :, :3]) == dims
 
 
 def test_keys_and_values_of_two_dtypes_hinder_it():

@@ -39,6 +39,7 @@ def lookup(
   takes a tile of 4 KiB for each of them.
 
   Args:
+    tables: n numbers each; on a TPU kept in fast memory whole.
     places: 0 .. n - 1, in any order; on a TPU, the nearer to sorted the faster.
     implementation: by name, or ``auto``.
   """

@@ -19,7 +19,7 @@ from a2ats_jax.typing import Array, Int
 
 _TILE = SUBLANES * LANES
 _SHIFT = LANES.bit_length() - 1
-_MOST = 1 << 20  # numbers of a table: two tables of 4 MiB are held
+_MOST = 1 << 20  # numbers of a table, of which two lie in VMEM, 4 MiB each
 
 
 class _Mutation(enum.Enum):
@@ -56,7 +56,7 @@ def lookup(
   """``tables[..., places]``.
 
   Args:
-    places: 0 .. n - 1.
+    tables, places: as in the op.
     tiles: rows looked at together, chosen by shape where None.
     interpret: run it on a CPU.
   """
@@ -106,7 +106,7 @@ def _lookup(
 
 def _kernel(table_ref, place_ref, out_ref, *, together: int, mutation: _Mutation | None):
   place = place_ref[0]
-  # Shifts: to divide, the compiler would want to know which TPU it is.
+  # Shifts: to divide vectors, Pallas would want to know which TPU it is.
   row, lane = place >> _SHIFT, place & (LANES - 1)
   if mutation is _Mutation.OFF_BY_ONE:
     lane = (lane + LANES - 1) & (LANES - 1)

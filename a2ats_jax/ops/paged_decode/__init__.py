@@ -14,7 +14,7 @@ def shape_of(q: Array, pages: Pages, mask: Array, tail: Tail | None = None) -> s
   """What stored tiles are looked up by."""
   b, kv_heads, fetched, page = mask.shape
   packed = isinstance(pages, BytePages)
-  return {
+  shape: dict[str, int | str | bool] = {
     "heads": b * kv_heads,
     "group": q.shape[2] // kv_heads,
     "fetched": fetched,
@@ -22,8 +22,8 @@ def shape_of(q: Array, pages: Pages, mask: Array, tail: Tail | None = None) -> s
     "dim": q.shape[3],
     "dtype": str(pages.form.dtype if packed else pages.keys.dtype),
     "bytes": packed,
-    "codewords": 0 if tail is None else tail.sums.shape[2],
   }
+  return shape if tail is None else shape | {"codewords": tail.sums.shape[2]}
 
 
 def _on_tpu(q: Array, pages: Pages, mask: Array, tail: Tail | None = None) -> Part:

@@ -86,7 +86,7 @@ class Tiles:
       tokens: F P, of each row and KV head.
       head_dim: D.
       itemsize: bytes of a number of the pages.
-      codewords: C, of the tail; they count where there are more of them than tokens.
+      codewords: C, of the tail; CTAs are as many as the larger of tokens and codewords asks for.
     """
     steps = 4 if group <= 4 else 2
     blocks = -(-max(tokens, codewords) // (steps * _rows(head_dim, itemsize)))
@@ -233,7 +233,10 @@ def _tail_operands(
   """Weights, sums, and the peak and total that every row of threads starts with.
 
   Args:
+    tail: as in :func:`paged_decode`.
+    heads: rows times KV heads. rows: of threads.
     size: of a block of codewords, which may overlap another, but not the end.
+    fault: what to do wrong.
   """
   group, count = tail.peak.shape[2] * tail.peak.shape[0] // heads, tail.sums.shape[2]
   weights = tail.weights.reshape(heads, group, count)

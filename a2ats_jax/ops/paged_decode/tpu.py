@@ -20,7 +20,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Int8
 
 from a2ats_jax import attention
-from a2ats_jax.ops.tiles import LANES, SUBLANES, DecodeTiles, PageFormat
+from a2ats_jax.ops.tiles import BYTE_ROWS, DECODE_BYTES, LANES, SUBLANES, DecodeTiles, PageFormat
 from a2ats_jax.typing import Array, Bool, Float
 
 
@@ -57,7 +57,13 @@ def hindrances(backend: str, q: Array, keys: Array, values: Array, mask: Array) 
   if values.dtype != keys.dtype:
     reasons.append(f"keys and values must have one dtype, got {keys.dtype} and {values.dtype}")
   page, dim = keys.shape[3:]
+  page = BYTE_ROWS if _few(keys) else page  # few tokens are one block, however many they are
   return reasons + PageFormat.hindrances(page=page, dim=dim, dtype=keys.dtype)
+
+
+def _few(keys: Array) -> bool:
+  """Whether the tokens of a KV head, keys and values, are one block at most."""
+  return 2 * math.prod(keys.shape[2:]) * keys.dtype.itemsize <= DECODE_BYTES
 
 
 def paged_decode(
@@ -81,6 +87,9 @@ def paged_decode(
     interpret: run it on a CPU.
   """
   b, kv_heads, f, page, dim = keys.shape
+  if _few(keys):
+    f, page = min(f, 1), f * page
+    mask = mask.reshape(b, kv_heads, f, page)
   operands = [x.reshape(b * kv_heads, f, page, dim) for x in (keys, values)]
   return _decode(q, operands, mask, None, tail, tiles, interpret)
 
@@ -127,17 +136,18 @@ def _decode(
   """Both forms of the kernel.
 
   Args:
+    q, mask, tail, tiles, interpret: as in :func:`paged_decode`.
     operands: the pages, in one array or two.
     form: of pages of bytes.
+    mutation: what to do wrong.
     codewords: of a tail, at a time; a multiple of 128, chosen by shape where None.
   """
   b, _, heads, dim = q.shape
   kv_heads, f, page = mask.shape[1:]
-  if not f and tail is not None:
-    return tail.part()
   if not f:
     none = jnp.zeros(q.shape[:3], jnp.float32)
-    return attention.Part(jnp.zeros(q.shape, jnp.float32), none - jnp.inf, none)
+    nothing = attention.Part(jnp.zeros(q.shape, jnp.float32), none - jnp.inf, none)
+    return nothing if tail is None else tail.part()
   group, lead = heads // kv_heads, b * kv_heads
   page_bytes = sum(math.prod(x.shape[2:]) * x.dtype.itemsize for x in operands)
   tiles = tiles or DecodeTiles.of(pages=f, page_bytes=page_bytes)

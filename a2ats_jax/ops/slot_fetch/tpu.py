@@ -26,6 +26,7 @@ def slot_fetch(
   """Rows are turned by halves, quarters and so on until a page's numbers come first.
 
   Args:
+    numbers, pages: as in the op.
     page: a power of two up to 128.
   """
   each = LANES // page
