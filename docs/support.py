@@ -32,6 +32,7 @@ KINDS = {
   "TPU v6": "TPU v6e",
   "TPU7x": "TPU7x",
 }
+_OTHER = ("refused", "schedules", "chips")  # controls, kernels once more, meshes
 CHIPS = {"v5e": "TPU v5e", "v5p": "TPU v5p", "v6e": "TPU v6e", "tpu7x": "TPU7x"}
 
 Line = dict[str, Any]
@@ -46,7 +47,7 @@ def compiled(rows: Iterable[Line], *, date: str, versions: str) -> list[Line]:
     chip = str(row.get("chip", "H100")).split(":")[0]
     device = CHIPS.get(chip, chip)
     op = next((op for op in OPS if name.replace("_", " ").startswith(op.replace("_", " "))), None)
-    if op is None or "growth" in name or "refused" in row or "schedules" in row:
+    if op is None or "growth" in name or not row.keys().isdisjoint(_OTHER):
       continue
     programs[op, device] = programs.get((op, device), 0) + 1
     if "problem" in row or "error" in row:

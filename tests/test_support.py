@@ -31,6 +31,8 @@ def test_an_op_with_a_program_that_went_wrong_is_not_compiled():
     {"program": "page_fetch, 65536 pages", "chip": "v5e:1x1", "problem": "no call"},
     {"program": "paged_decode", "chip": "v5e:1x1"},
     {"program": "control: half a tile a page", "chip": "v5e:1x1", "refused": "as it should be"},
+    {"program": "paged_decode", "chip": "v5e:1x1", "schedules": {}},
+    {"program": "decode step", "chips": "v5e:2x2"},
     {"case": "decode_step-bfloat16-H32-D128"},
   ]
   got = support.compiled(rows, date="2026-01-01", versions="jax 1")
