@@ -23,7 +23,7 @@ from a2ats_jax.errors import UserError
 from a2ats_jax.far import FarPosition
 from a2ats_jax.index import Order, rows_of
 from a2ats_jax.methods import registry
-from a2ats_jax.methods.a2ats import A2ATS
+from a2ats_jax.methods.a2ats import A2ATS, ring_of
 from a2ats_jax.methods.full import Full
 from a2ats_jax.models.config import ModelConfig
 from a2ats_jax.ops.tiles import LANES
@@ -212,11 +212,6 @@ def _whole(tokens: int, page: int) -> int:
   return -(-tokens // page) * page
 
 
-def _ring(m: Paged) -> int:
-  """R: the window in whole pages, and the page that is not full yet."""
-  return _whole(m.window, m.page) + m.page
-
-
 def _slots(case: Case, m: Paged) -> tuple[int, int]:
   """Slots for the prompt's tokens, and for those after it; whole pages each."""
   return _whole(case.prompt, m.page), _whole(case.new, m.page)
@@ -247,7 +242,8 @@ def paged_state(case: Case, m: Paged) -> dict[str, int]:
     "cell counts": _cells(case, m) * I32,
     "cell and rank of every slot": 2 * rows_of(sum(_slots(case, m)), m.page) * LANES * I32,
     "page edges": 3 * sorted_pages * I32,
-    "sinks and recent tokens": 2 * (m.sinks + _ring(m)) * d * case.cache_size + _ring(m) * I32,
+    "sinks and recent tokens": 2 * (m.sinks + ring_of(m.window, m.page)) * d * case.cache_size
+    + ring_of(m.window, m.page) * I32,
     "codes of later tokens": m.far.items(m.window, case.new) * I32,
     "value sums of codewords": m.codewords * (d + 1) * F32,
   }
@@ -291,7 +287,7 @@ def paged_temporary(case: Case, m: Paged) -> int:
     tables = 4 * table
   else:
     tables = 2 * table + 4 * table // c.group
-  near = 2 * b * c.kv_heads * (m.sinks + _ring(m)) * c.head_dim * case.cache_size
+  near = 2 * b * c.kv_heads * (m.sinks + ring_of(m.window, m.page)) * c.head_dim * case.cache_size
   words = b * c.kv_heads * m.far.items(m.window, case.new) * c.head_dim * F32
   sums = b * c.kv_heads * m.codewords * c.head_dim * F32 if m.tail == "centroid" else 0
   choosing = tables + near + words + sums + _unsorted(case, m) // c.global_layers
@@ -467,7 +463,9 @@ def _paged(case: Case, m: Paged) -> Estimate:
     "fetched pages": (2 if m.host else 3) * fetched,
   }
   heads = c.global_layers * case.batch * c.heads
-  attended = far.moved * m.page + m.sinks + _ring(m)  # a fetched page is attended whole, masked
+  attended = (
+    far.moved * m.page + m.sinks + ring_of(m.window, m.page)
+  )  # a fetched page is attended whole, masked
   flops += heads * (2 * _cells(case, m) * d + 4 * attended * d)
   flops += heads * 2 * m.codewords * d * tail
   flops += case.kv_rows * 2 * (d + m.codewords) * d  # the new key's code
