@@ -7,6 +7,8 @@ import numpy as np
 
 from a2ats_jax.errors import UserError
 
+Per = Literal["query_head", "kv_head"]
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Budget:
@@ -26,7 +28,7 @@ class Budget:
 
   ratio: float | None = None
   tokens: int | None = None
-  per: Literal["query_head", "kv_head"] = "query_head"
+  per: Per = "query_head"
 
   def __post_init__(self):
     if (self.ratio is None) == (self.tokens is None):

@@ -369,7 +369,7 @@ class Speed(MethodArgs):
   codewords: int | None = None
   """Codewords of each of the layer's codebooks. Default: 1024."""
   rounds: int = 15
-  """Timed rounds, each of which runs everything once; figures are medians and quartiles."""
+  """Timed rounds, in which everything takes its turn; figures are medians and quartiles."""
   seed: int = 0
   """Of everything that is drawn."""
   out: Path | None = None

@@ -26,6 +26,7 @@ from a2ats_jax.split import WHOLE, Split
 from a2ats_jax.typing import Array, Bool, Float, Int
 
 NEVER = 2**31 - 1  # a rank that no token has
+_TRIANGLE = 64  # numbers that are summed up at once
 _FIRST = 12  # halvings before it is worth asking how many cells are left
 
 
@@ -241,6 +242,26 @@ def _number(
   return jnp.dot(under, ones, precision=jax.lax.Precision.HIGHEST).astype(jnp.int32)
 
 
+def _running(x: Float[Array, "*rows n"]) -> Float[Array, "*rows n"]:
+  """Sums up to and with each place of whole numbers, exact below 2^24.
+
+  As products with triangles of ones: XLA's CPU backend makes a cumulative sum one number at a time.
+  """
+  n, highest = x.shape[-1], jax.lax.Precision.HIGHEST
+  if n <= _TRIANGLE:
+    return jnp.dot(x, jnp.triu(jnp.ones((n, n), jnp.float32)), precision=highest)
+  blocks = -(-n // _TRIANGLE)
+  x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, blocks * _TRIANGLE - n)])
+  x = x.reshape(*x.shape[:-1], blocks, _TRIANGLE)
+  sums = jnp.dot(x, jnp.ones(_TRIANGLE, jnp.float32), precision=highest)
+  # What came before a block is added to its first number, so that one product makes its sums. It
+  # is made once: a CPU's fusion would make it again for every number.
+  before = jax.lax.optimization_barrier(_running(sums) - sums)
+  first = jax.lax.broadcasted_iota(jnp.int32, x.shape, x.ndim - 1) == 0
+  sums = _running(jnp.where(first, x + before[..., None], x))
+  return sums.reshape(*x.shape[:-2], blocks * _TRIANGLE)[..., :n]
+
+
 def cut(
   scores: Float[Array, "*rows G cells"],
   counts: Int[Array, "*rows cells"],
@@ -291,7 +312,9 @@ def cut(
     low, high, _, cells = state
     return jnp.any((low < high) & (cells > 1))
 
-  bounds = jnp.min(keys, axis=-1), jnp.max(keys, axis=-1), jnp.zeros(keys.shape[:-1], jnp.int32)
+  # Of the floats and not of their keys, as XLA's CPU backend is slow at the range of integers.
+  low, high = (_ordered(of(scores, axis=-1)) for of in (jnp.min, jnp.max))
+  bounds = low, high, jnp.zeros(keys.shape[:-1], jnp.int32)
   bounds = jax.lax.fori_loop(0, _FIRST, lambda _, b: halve(b, True), bounds)
   state = (*bounds, _number(between(*bounds[:2]), full))
   low, high, above, cells = jax.lax.while_loop(open_rows, narrow, state)
@@ -330,7 +353,8 @@ def kv_head_scores(
   peak = jnp.where(jnp.isfinite(peak), peak, 0.0)
   # Cells without tokens are kept at the peak, where they cannot overflow.
   weight = jnp.exp(jnp.minimum(logits - peak, 0.0)) * held.astype(jnp.float32)
-  total = jnp.maximum(jnp.sum(weight, axis=-1, keepdims=True), jnp.finfo(jnp.float32).tiny)
+  total = jnp.dot(weight, jnp.ones(cells, jnp.float32), precision=jax.lax.Precision.HIGHEST)
+  total = jnp.maximum(total, jnp.finfo(jnp.float32).tiny)[..., None]
   return jax.lax.optimization_barrier(jnp.max(logits - peak - jnp.log(total), axis=3))
 
 
@@ -439,7 +463,8 @@ def pages_of(pages: PageCells, taken: Int[Array, "B K cells"]) -> Bool[Array, "B
   """
   count = taken.shape[-1]
   here = taken > (pages.begun if pages.begun.shape[-1] else 0)
-  begun = jnp.cumsum(here.astype(jnp.int32), axis=-1)
+  begun = _running(here.astype(jnp.float32)).astype(jnp.int32)
+  begun = jax.lax.optimization_barrier(begun)  # made once, not for every number looked up
 
   def at(x: Array, cell: Array) -> Array:
     return lookup(x, jnp.minimum(cell, count - 1))
@@ -454,9 +479,11 @@ def compact(pages: Bool[Array, "B K N"]) -> tuple[Int[Array, "B K N"], Int[Array
   """The numbers of the marked pages in order, and how many; places after them hold page 0."""
   b, kv_heads, n = pages.shape
   count = jnp.sum(pages, axis=-1, dtype=jnp.int32)
-  rows = jnp.arange(b, dtype=jnp.int32)[:, None, None]
-  heads = jnp.arange(kv_heads, dtype=jnp.int32)[None, :, None]
-  place = jnp.where(pages, jnp.cumsum(pages, axis=-1, dtype=jnp.int32) - 1, n)
-  number = jnp.broadcast_to(jnp.arange(n, dtype=jnp.int32)[None, None], pages.shape)
-  ids = jnp.zeros((b, kv_heads, n), jnp.int32)
-  return ids.at[rows, heads, place].set(number, mode="drop", unique_indices=True), count
+  place = _running(pages.astype(jnp.float32)).astype(jnp.int32) - 1
+  row = jnp.arange(b * kv_heads, dtype=jnp.int32).reshape(b, kv_heads, 1)
+  # Into all rows as one: with an index of three numbers a CPU takes several times as long.
+  at = jnp.where(pages, row * n + place, pages.size).reshape(-1)
+  number = jnp.broadcast_to(jnp.arange(n, dtype=jnp.int32)[None, None], pages.shape).reshape(-1)
+  ids = jnp.zeros(pages.size, jnp.int32)
+  ids = ids.at[at].set(number, mode="drop", unique_indices=True)
+  return ids.reshape(pages.shape), count

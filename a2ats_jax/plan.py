@@ -23,7 +23,7 @@ from a2ats_jax.errors import UserError
 from a2ats_jax.far import FarPosition
 from a2ats_jax.index import Order, rows_of
 from a2ats_jax.methods import registry
-from a2ats_jax.methods.a2ats import A2ATS, ring_of
+from a2ats_jax.methods.a2ats import A2ATS, ring_of, stage_of
 from a2ats_jax.methods.full import Full
 from a2ats_jax.models.config import ModelConfig
 from a2ats_jax.ops.tiles import LANES
@@ -282,11 +282,11 @@ def paged_temporary(case: Case, m: Paged) -> int:
   (early, _), _ = _linear_numbers(c)
   encoding = codebooks(case, m) // c.global_layers + early * case.size
   table = b * c.heads * _cells(case, m) * F32
-  # The cut holds scores, their integer form, a mask and the result.
-  if m.budget.per == "query_head":
-    tables = 4 * table
-  else:
-    tables = 2 * table + 4 * table // c.group
+  # The cut holds scores, their integer form, a mask and the result; shares of a KV head's attention
+  # take two tables of query heads before it.
+  tables = 4 * table
+  if m.budget.per == "kv_head":
+    tables += 4 * table // c.group
   near = 2 * b * c.kv_heads * (m.sinks + ring_of(m.window, m.page)) * c.head_dim * case.cache_size
   words = b * c.kv_heads * m.far.items(m.window, case.new) * c.head_dim * F32
   sums = b * c.kv_heads * m.codewords * c.head_dim * F32 if m.tail == "centroid" else 0
@@ -305,9 +305,10 @@ def _late_weights(case: Case) -> int:
 
 def _stage(case: Case, m: Paged) -> int:
   """Pages of every row and KV head fetched at once, as the method says."""
-  filled = -(-int(m.budget.resolve(case.prompt + case.new).max()) // m.page)
+  granted = int(m.budget.resolve(case.prompt + case.new).max())
   room = m.stage // (case.batch * case.config.kv_heads * page_bytes(case, m))
-  return max(1, min(max(filled, 8), room, sum(_slots(case, m)) // m.page))
+  most = min(room, sum(_slots(case, m)) // m.page)
+  return stage_of(granted, m.budget.per, page=m.page, most=most)
 
 
 def _unsorted(case: Case, m: Paged) -> int:

@@ -36,7 +36,7 @@ from eval.options import Case, Progress
 from eval.results import Row
 from eval.speed_attention import absorb
 from eval.speed_inputs import LayerShape, draw
-from eval.timing import summary
+from eval.timing import CALLS, summary
 
 WARMUP = 2  # steps left out
 _TRACED = 3  # steps in a trace
@@ -82,7 +82,7 @@ class StepOptions:
   @property
   def new(self) -> int:
     """Tokens after the prompt."""
-    return WARMUP + self.rounds + _TRACED
+    return (WARMUP + self.rounds) * CALLS + _TRACED
 
 
 def small(options: StepOptions) -> StepOptions:

@@ -12,7 +12,7 @@ from a2ats_jax.typing import Array
 from eval.decode import bytes_of, figures_of
 from eval.options import Case
 from eval.results import Row
-from eval.timing import Tick, interleaved
+from eval.timing import CALLS, Tick, interleaved
 
 Step = Callable[[State, tuple[Array, ...]], tuple[Array, State, Any]]
 
@@ -142,7 +142,7 @@ def _read(variant: Variant, rounds: int) -> Row:
   out of a store of pages. ``pages`` is of one KV head, and ``fetched`` the tokens in these pages
   over those chosen.
   """
-  steps = [figures_of(stats) for stats in variant.stats[-rounds:]]
+  steps = [figures_of(stats) for stats in variant.stats[-CALLS * rounds :]]
   if not {"length", "selected", "read", "moved"} <= steps[0].keys():
     return {}
   every = {name: np.stack([step[name] for step in steps]).astype(np.float64) for name in steps[0]}
@@ -150,7 +150,7 @@ def _read(variant: Variant, rounds: int) -> Row:
   out: Row = {
     "read": float((every["read"] / length).mean()),
     "selected": float((selected / length).mean()),
-    "moved_bytes": float(every["moved"].sum() / rounds),
+    "moved_bytes": float(every["moved"].sum() / len(steps)),
   }
   if "pages" in every:
     out["pages"] = float(every["pages"].mean())

@@ -1,7 +1,7 @@
 """How long a decode step takes, beside plain attention in the same process.
 
 ``attention`` times one layer of Llama-3.1-8B's shape on drawn keys (:mod:`eval.speed_inputs`);
-``model`` times whole decode steps of a model after a real text. A round runs every variant once;
+``model`` times whole decode steps of a model after a real text. A round runs every variant in turn;
 figures are medians and quartiles over rounds. Full attention and the fastest other plain form of it
 run in the same rounds, ``jax.nn.dot_product_attention`` for one layer and attention in blocks for a
 model: a row's ``ratio`` is that of the faster one's time to the method's.
@@ -219,7 +219,8 @@ def _methods(cases: Sequence[Case]) -> list[list[Case]]:
 def _steps(options: SpeedOptions, cases: Sequence[Case]) -> int:
   """Tokens that the fullest state takes in: its budgets', or a baseline's beside every method."""
   methods = _methods(cases)
-  return (WARMUP + options.rounds) * max(len(methods), *(len(group) for group in methods), 1)
+  calls = (WARMUP + options.rounds) * timing.CALLS
+  return calls * max(len(methods), *(len(group) for group in methods), 1)
 
 
 def _kinds(options: SpeedOptions) -> list[tuple[str, int]]:

@@ -9,6 +9,7 @@ import numpy as np
 from a2ats_jax.typing import Float
 
 Tick = Callable[[int, int], None]  # (rounds done, of)
+CALLS = 2  # of a program in a round, the last of them timed
 
 
 def interleaved(
@@ -20,8 +21,10 @@ def interleaved(
 ) -> dict[str, Float[np.ndarray, "rounds"]]:
   """Milliseconds of every program in every round, what it returns being ready on the device.
 
-  A round runs every program once, every second round in the opposite order, so that what disturbs
-  the machine for a while disturbs all of them, and none always follows the same one.
+  Every second round takes the programs in the opposite order, so that what disturbs the machine for
+  a while disturbs all of them, and none always follows the same one. In a round each is called
+  twice in a row and the second call timed: what the program before it frees is given back to the
+  system while the first one runs (docs/performance.md), and a decode step follows another.
 
   Args:
     programs: called without arguments; a program that carries a state keeps it itself.
@@ -32,9 +35,10 @@ def interleaved(
   times: dict[str, list[float]] = {name: [] for name in programs}
   for turn in range(warmup + rounds):
     for name in list(programs)[:: -1 if turn % 2 else 1]:
-      began = time.perf_counter()
-      jax.block_until_ready(programs[name]())
-      taken = time.perf_counter() - began
+      for _ in range(CALLS):
+        began = time.perf_counter()
+        jax.block_until_ready(programs[name]())
+        taken = time.perf_counter() - began
       if turn >= warmup:
         times[name].append(1e3 * taken)
     if tick is not None:

@@ -227,6 +227,16 @@ def test_counting_is_exact(cells):
   np.testing.assert_array_equal(got, (mask * counts[:, :, None]).sum(-1))
 
 
+@pytest.mark.parametrize("n", [1, 63, 64, 65, 4096, 4097, 9000])
+def test_running_sums_are_exact(n):
+  """Below a block, in blocks, and in blocks of blocks."""
+  rng = np.random.default_rng(n)
+  numbers = rng.integers(0, 2**24 // n, (2, 3, n)).astype(np.int32)
+  for x in (numbers, numbers % 2 == 1):
+    got = jax.jit(cell_index._running)(jnp.asarray(x, jnp.float32))
+    np.testing.assert_array_equal(got, np.cumsum(x, axis=-1))
+
+
 def test_a_cells_tokens_lie_side_by_side():
   rng = np.random.default_rng(3)
   cells = rng.integers(0, CELLS, (B, K, T)).astype(np.int32)

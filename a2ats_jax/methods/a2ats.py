@@ -28,7 +28,7 @@ import jax.numpy as jnp
 from a2ats_jax import attention, quantise
 from a2ats_jax import index as cells
 from a2ats_jax import store as paged
-from a2ats_jax.budget import Budget
+from a2ats_jax.budget import Budget, Per
 from a2ats_jax.codebook import Codebook, encode
 from a2ats_jax.errors import UserError
 from a2ats_jax.far import FarPosition
@@ -180,17 +180,16 @@ class A2ATS:
     return A2ATSReference(**{name: getattr(self, name) for name in names})
 
   def stage_pages(self, capacity: int, pages: int, bytes_each: int) -> int:
-    """Pages that each KV head fetches at once: as many as its budget would fill.
-
-    So that a small budget moves few pages in vain, and yet not fewer than eight for one wait.
+    """F, pages that each KV head fetches at once: see :func:`stage_of`.
 
     Args:
       capacity: tokens of a row at most.
       pages: of each KV head, N.
       bytes_each: of a page for every row and KV head.
     """
-    filled = -(-self.split.share(int(self.budget.resolve(capacity).max())) // self.page)
-    return max(1, min(max(filled, 8), pages, self.stage // bytes_each))
+    granted = self.split.share(int(self.budget.resolve(capacity).max()))
+    most = min(pages, self.stage // bytes_each)
+    return stage_of(granted, self.budget.per, page=self.page, most=most)
 
   def init(self, geometry: Geometry) -> PagedState:
     g = geometry
@@ -516,16 +515,17 @@ class A2ATS:
     scores = scores.reshape(b * kv_heads, -1, size)
     alone = counts.reshape(b * kv_heads, 1, size)
     held = cells.page_cells(state.index, layer=layer)
+    # The pages looked at slot by slot end where the store does; those not sealed yet hold nothing.
+    number = jnp.arange(held.first.shape[2], state.index.pages, dtype=jnp.int32)
+    sealed = state.prompt_slots // self.page + self.split.dealt(self._full(state, now))
+    there = (number[None] < sealed[:, None])[:, None, :, None]
+    held = dataclasses.replace(held, cells=jnp.where(there, held.cells, size))
     held = jax.tree.map(lambda x: x.reshape(b * kv_heads, 1, *x.shape[2:]), held)
     most = jnp.repeat(granted, kv_heads)
-    number = jnp.arange(state.index.pages, dtype=jnp.int32)
-    sealed = state.prompt_slots // self.page + self.split.dealt(self._full(state, now))
-    full = number[None] < sealed[:, None]
-    full = jnp.repeat(full, kv_heads, axis=0)[:, None]
 
     def pick(count: Int[Array, "rows"]) -> tuple[Array, Array]:
       taken = cells.select(alone, scores, count)
-      return taken, cells.pages_of(held, taken) & full
+      return taken, cells.pages_of(held, taken)
 
     taken, pages = pick(most)
     wanted = jnp.sum(taken, axis=-1)
@@ -650,7 +650,7 @@ class A2ATS:
     peak = jnp.max(scores, axis=-1)
     weight = jnp.exp(scores - jnp.where(jnp.isfinite(peak), peak, 0.0)[..., None])
     weight = weight * left.astype(jnp.float32)
-    by_code = jnp.sum(weight[..., : old * size].reshape(b, heads, old, size), axis=2)
+    by_code = _over_segments(weight[..., : old * size], old)
     if count > old * size:
       # A group's weights of a token as one row: a scatter of single numbers takes a CPU twice as
       # long, and a TPU nine times by its compiler's estimate (docs/performance.md).
@@ -674,6 +674,34 @@ def _whole(tokens: int, page: int) -> int:
 def ring_of(window: int, page: int) -> int:
   """R: the window and the page that is not full yet, rounded up to whole pages."""
   return _whole(window, page) + page
+
+
+def stage_of(granted: int, per: Per, *, page: int, most: int) -> int:
+  """Pages that each KV head fetches at once: a third of what it will need, and at least eight.
+
+  So that few pages are moved in vain, and there are few waits. Chosen tokens lie in one and a half
+  times the pages that they would fill, and those of a group whose query heads have budgets of their
+  own in three times as many and more (docs/performance.md).
+
+  Args:
+    granted: tokens at most.
+    per: whose tokens these are.
+    page: P.
+    most: pages that there are, or that the buffer holds.
+  """
+  filled = -(-granted // page)
+  third = filled if per == "query_head" else -(-filled // 2)
+  return max(1, min(max(third, 8), most))
+
+
+def _over_segments(x: Float[Array, "B H cells"], count: int) -> Float[Array, "B H C"]:
+  """Sums over segments, half of them onto the other half: a CPU reduces a middle axis slowly."""
+  if count == 1:
+    return x
+  size, half = x.shape[-1] // count, (count + 1) // 2
+  low, high = x[..., : half * size], x[..., half * size :]
+  missing = low.shape[-1] - high.shape[-1]  # a segment if the number is odd
+  return _over_segments(low + jnp.pad(high, ((0, 0), (0, 0), (0, missing))), half)
 
 
 def _by_code(

@@ -120,7 +120,7 @@ def test_rounds_take_turns_and_warm_up_is_left_out():
   times = timing.interleaved(
     programs, rounds=2, warmup=1, tick=lambda done, of: ticks.append((done, of))
   )
-  assert "".join(calls) == "abccbaabc"
+  assert "".join(calls) == "aabbccccbbaaaabbcc"
   assert ticks == [(1, 3), (2, 3), (3, 3)]
   assert {name: len(taken) for name, taken in times.items()} == {"a": 2, "b": 2, "c": 2}
   assert timing.summary(np.array([3.0, 1.0, 2.0, 5.0, 4.0]), "x_") == {
@@ -293,11 +293,11 @@ def test_rows_hold_the_designs_keys(rows):
 
 def test_bytes_are_those_of_the_arrays(rows):
   full, dot, paged, _ = rows
-  new = 5 * 2  # three rounds to warm up and two timed, of two budgets
+  new = 5 * 2 * 2  # three rounds to warm up and two timed, two calls each, of two budgets
   assert full["device_bytes"] == 2 * 2 * (64 + new) * 8 * 4
   assert dot["device_bytes"] == 2 * 2 * 64 * 8 * 4
   assert full["moved_bytes"] == dot["moved_bytes"] == 0
-  assert paged["host_bytes"] == 2 * 2 * (64 + 12) * 8 * 4  # whole pages of 4
+  assert paged["host_bytes"] == 2 * 2 * (64 + 20) * 8 * 4  # whole pages of 4
 
 
 def test_tables_and_plots_take_the_rows(rows, tmp_path, monkeypatch):
@@ -385,7 +385,7 @@ def test_a_models_rows(tmp_path):
   assert three["selected"] == pytest.approx(one["selected"])
   assert three["pages"] == one["pages"]
   assert (tmp_path / "speed.png").exists()
-  with pytest.raises(UserError, match="2045 tokens and 10 timed ones exceed the model"):
+  with pytest.raises(UserError, match="2045 tokens and 20 timed ones exceed the model"):
     run_model(tiny.model(), _options(what="model", T=(2045,)), tiny.prose(), codebooks=books)
   with pytest.raises(UserError, match="--codebook"):
     run_model(tiny.model(), _options(what="model"), tiny.prose())

@@ -18,8 +18,8 @@ def vq_encode(
   offset = 0.5 * jnp.sum(jnp.square(whitened), axis=-1)
 
   def nearest(block: Array) -> Array:
-    z = jnp.einsum("nkd,kde->nke", block.astype(jnp.float32), whitener, precision=_HIGHEST)
-    score = jnp.einsum("nke,kce->knc", z, whitened, precision=_HIGHEST) - offset[:, None]
+    z = jnp.einsum("nkd,kde->kne", block.astype(jnp.float32), whitener, precision=_HIGHEST)
+    score = jnp.einsum("kne,kce->knc", z, whitened, precision=_HIGHEST) - offset[:, None]
     # The first maximum, as two plain reductions: twice as fast on the CPU as argmax.
     best = score == jnp.max(score, axis=-1, keepdims=True)
     index = jnp.arange(size, dtype=jnp.int32)[None, None]
