@@ -35,10 +35,11 @@ def interleaved(
   times: dict[str, list[float]] = {name: [] for name in programs}
   for turn in range(warmup + rounds):
     for name in list(programs)[:: -1 if turn % 2 else 1]:
-      for _ in range(CALLS):
-        began = time.perf_counter()
+      for _ in range(CALLS - 1):
         jax.block_until_ready(programs[name]())
-        taken = time.perf_counter() - began
+      began = time.perf_counter()
+      jax.block_until_ready(programs[name]())
+      taken = time.perf_counter() - began
       if turn >= warmup:
         times[name].append(1e3 * taken)
     if tick is not None:
