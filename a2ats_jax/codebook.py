@@ -115,10 +115,10 @@ def score_table(
   kv_heads, size, _ = codewords.shape
   rows = queries.astype(jnp.float32).reshape(b, s, z, kv_heads, h // kv_heads, d)
   rows = rows.transpose(3, 0, 1, 4, 2, 5).reshape(kv_heads, -1, d)
-  # One product a KV head, the codewords last: einsum puts them first and turns the table over.
+  # A batched product with the codewords last: einsum puts them first and turns the table over.
   table = jax.lax.dot_general(
     rows, codewords, (((2,), (2,)), ((0,), (0,))), precision=_HIGHEST
-  ).reshape(kv_heads, b, s, -1, z * size)
+  ).reshape(kv_heads, b, s, h // kv_heads, z * size)
   return table.transpose(1, 2, 0, 3, 4).reshape(b, s, h, z * size)
 
 

@@ -243,7 +243,7 @@ def _number(
 
 
 def _running(x: Float[Array, "*rows n"]) -> Float[Array, "*rows n"]:
-  """Sums up to and with each place of whole numbers, exact below 2^24.
+  """Sums up to and with each place of whole numbers, none negative, below 2^24 together.
 
   As products with triangles of ones: XLA's CPU backend makes a cumulative sum one number at a time.
   """
@@ -328,6 +328,20 @@ def cut(
   return better + jnp.clip(room - earlier, 0, tied)
 
 
+def _folded(x: Float[Array, "*rows n"]) -> Float[Array, "*rows 1"]:
+  """Sums of rows, half of each added to the other half until one number is left.
+
+  So that a row's sum is the same whatever stands beside it: a reduction or a product adds up in an
+  order that depends on the number of rows.
+  """
+  n = x.shape[-1]
+  if n == 1:
+    return x
+  half = n // 2
+  total = _folded(x[..., :half] + x[..., half : 2 * half])
+  return total + x[..., 2 * half :] if n % 2 else total
+
+
 def kv_head_scores(
   logits: Float[Array, "B S H cells"], counts: Int[Array, "B S K cells"]
 ) -> Float[Array, "B S K cells"]:
@@ -353,8 +367,7 @@ def kv_head_scores(
   peak = jnp.where(jnp.isfinite(peak), peak, 0.0)
   # Cells without tokens are kept at the peak, where they cannot overflow.
   weight = jnp.exp(jnp.minimum(logits - peak, 0.0)) * held.astype(jnp.float32)
-  total = jnp.dot(weight, jnp.ones(cells, jnp.float32), precision=jax.lax.Precision.HIGHEST)
-  total = jnp.maximum(total, jnp.finfo(jnp.float32).tiny)[..., None]
+  total = jnp.maximum(_folded(weight), jnp.finfo(jnp.float32).tiny)
   return jax.lax.optimization_barrier(jnp.max(logits - peak - jnp.log(total), axis=3))
 
 

@@ -23,8 +23,9 @@ from a2ats_jax.errors import UserError
 from a2ats_jax.far import FarPosition
 from a2ats_jax.index import Order, rows_of
 from a2ats_jax.methods import registry
-from a2ats_jax.methods.a2ats import A2ATS, ring_of, stage_of
+from a2ats_jax.methods.a2ats import A2ATS, ring_of
 from a2ats_jax.methods.full import Full
+from a2ats_jax.methods.paging import stage_of
 from a2ats_jax.models.config import ModelConfig
 from a2ats_jax.ops.tiles import LANES
 from a2ats_jax.plan_known import Chip
@@ -282,8 +283,8 @@ def paged_temporary(case: Case, m: Paged) -> int:
   (early, _), _ = _linear_numbers(c)
   encoding = codebooks(case, m) // c.global_layers + early * case.size
   table = b * c.heads * _cells(case, m) * F32
-  # The cut holds scores, their integer form, a mask and the result; shares of a KV head's attention
-  # take two tables of query heads before it.
+  # The cut holds scores, their integer form, a mask and the result: of query heads, or of KV heads
+  # beside the scores of query heads, their copy in a layout of its own, weights and shares.
   tables = 4 * table
   if m.budget.per == "kv_head":
     tables += 4 * table // c.group

@@ -31,14 +31,14 @@ from a2ats_jax.rope import make_rope
 from a2ats_jax.typing import Array, Float
 from eval import tune
 from eval.kernels import LayerCase, said
-from eval.lanes import Lane, Program, Variant, measure
+from eval.lanes import CALLS, Lane, Program, Variant, measure
 from eval.options import Case, Progress
 from eval.results import Row
 from eval.speed_attention import absorb
 from eval.speed_inputs import LayerShape, draw
-from eval.timing import CALLS, summary
+from eval.timing import summary
 
-WARMUP = 2  # steps left out
+WARMUP = 2  # rounds left out
 _TRACED = 3  # steps in a trace
 _TRIES = 5  # batches tried until one fits
 

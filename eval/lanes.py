@@ -12,8 +12,9 @@ from a2ats_jax.typing import Array
 from eval.decode import bytes_of, figures_of
 from eval.options import Case
 from eval.results import Row
-from eval.timing import CALLS, Tick, interleaved
+from eval.timing import Tick, interleaved
 
+CALLS = 2  # steps of a variant in a round, the last of them timed: a step follows another
 Step = Callable[[State, tuple[Array, ...]], tuple[Array, State, Any]]
 
 
@@ -125,7 +126,7 @@ def measure(
   for place, variant in enumerate(variants):
     programs[f"{place} ms"] = variant.step
     programs |= {f"{place} {name}_ms": part for name, part in variant.parts.items()}
-  times = interleaved(programs, rounds=rounds, warmup=warmup, tick=tick)
+  times = interleaved(programs, rounds=rounds, warmup=warmup, calls=CALLS, tick=tick)
   rows = []
   for place, variant in enumerate(variants):
     names = ["ms", *(f"{name}_ms" for name in variant.parts)]

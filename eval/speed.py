@@ -219,7 +219,7 @@ def _methods(cases: Sequence[Case]) -> list[list[Case]]:
 def _steps(options: SpeedOptions, cases: Sequence[Case]) -> int:
   """Tokens that the fullest state takes in: its budgets', or a baseline's beside every method."""
   methods = _methods(cases)
-  calls = (WARMUP + options.rounds) * timing.CALLS
+  calls = (WARMUP + options.rounds) * lanes.CALLS
   return calls * max(len(methods), *(len(group) for group in methods), 1)
 
 
@@ -240,6 +240,7 @@ def _config(options: SpeedOptions) -> Row:
     "dtypes": list(options.dtypes),
     "rounds": options.rounds,
     "warmup": WARMUP,
+    "calls": lanes.CALLS,
     "seed": options.seed,
   } | ({"shape": dataclasses.asdict(options.shape)} if options.what == "attention" else {})
 

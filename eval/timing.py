@@ -9,7 +9,6 @@ import numpy as np
 from a2ats_jax.typing import Float
 
 Tick = Callable[[int, int], None]  # (rounds done, of)
-CALLS = 2  # of a program in a round, the last of them timed
 
 
 def interleaved(
@@ -17,25 +16,26 @@ def interleaved(
   *,
   rounds: int,
   warmup: int,
+  calls: int = 1,
   tick: Tick | None = None,
 ) -> dict[str, Float[np.ndarray, "rounds"]]:
   """Milliseconds of every program in every round, what it returns being ready on the device.
 
   Every second round takes the programs in the opposite order, so that what disturbs the machine for
-  a while disturbs all of them, and none always follows the same one. In a round each is called
-  twice in a row and the second call timed: what the program before it frees is given back to the
-  system while the first one runs (docs/performance.md), and a decode step follows another.
+  a while disturbs all of them, and none always follows the same one.
 
   Args:
     programs: called without arguments; a program that carries a state keeps it itself.
     rounds: timed.
-    warmup: run before them and left out.
+    warmup: rounds before them, left out.
+    calls: of each program in a row in a round, the last one timed. With two, what the program
+      before it freed is given back to the system while the first one runs (docs/performance.md).
     tick: called after every round.
   """
   times: dict[str, list[float]] = {name: [] for name in programs}
   for turn in range(warmup + rounds):
     for name in list(programs)[:: -1 if turn % 2 else 1]:
-      for _ in range(CALLS - 1):
+      for _ in range(calls - 1):
         jax.block_until_ready(programs[name]())
       began = time.perf_counter()
       jax.block_until_ready(programs[name]())

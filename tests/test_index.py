@@ -291,6 +291,32 @@ def test_compact_lists_the_marked_pages():
   assert np.asarray(ids)[0].tolist() == [[1, 2, 4, 0, 0], [0, 0, 0, 0, 0]]
 
 
+def test_compact_of_many_pages_and_of_none():
+  """Rows of several blocks of sums, each against NumPy."""
+  pages = np.random.default_rng(0).random((2, 3, 130)) < 0.4
+  ids, count = map(np.asarray, jax.jit(cell_index.compact)(jnp.asarray(pages)))
+  for row, head in np.ndindex(2, 3):
+    (want,) = np.nonzero(pages[row, head])
+    assert count[row, head] == len(want)
+    np.testing.assert_array_equal(ids[row, head], np.pad(want, (0, 130 - len(want))))
+  ids, count = jax.jit(cell_index.compact)(jnp.zeros((2, 3, 0), bool))
+  assert ids.shape == (2, 3, 0)
+  assert not np.asarray(count).any()
+
+
+def test_kv_head_scores_do_not_depend_on_what_stands_beside():
+  """Ties break alike in a batch, over several queries and for one KV head by itself."""
+  rng = np.random.default_rng(1)
+  logits = jnp.asarray(rng.normal(size=(3, 5, 9, 1000)).astype(np.float32) * 9)
+  counts = jnp.asarray(rng.integers(0, 9, (3, 5, 3, 1000)).astype(np.int32))
+  score = jax.jit(cell_index.kv_head_scores)
+  whole = np.asarray(score(logits, counts))
+  for row, query, head in np.ndindex(3, 5, 3):
+    at = np.s_[row : row + 1, query : query + 1]
+    alone = score(logits[at][:, :, 3 * head : 3 * head + 3], counts[at][:, :, head : head + 1])
+    np.testing.assert_array_equal(np.asarray(alone)[0, 0, 0], whole[row, query, head])
+
+
 def test_kv_head_scores_are_log_shares_of_attention():
   """Against NumPy; cells without tokens count for nothing, however high they score."""
   rng = np.random.default_rng(0)

@@ -28,14 +28,14 @@ import jax.numpy as jnp
 from a2ats_jax import attention, quantise
 from a2ats_jax import index as cells
 from a2ats_jax import store as paged
-from a2ats_jax.budget import Budget, Per
+from a2ats_jax.budget import Budget
 from a2ats_jax.codebook import Codebook, encode
 from a2ats_jax.errors import UserError
 from a2ats_jax.far import FarPosition
 from a2ats_jax.methods import dense, selection
 from a2ats_jax.methods.a2ats_reference import A2ATSReference
 from a2ats_jax.methods.base import Geometry, PromptLayer, Stats, token_by_token
-from a2ats_jax.methods.paging import attend_pages
+from a2ats_jax.methods.paging import attend_pages, stage_of
 from a2ats_jax.ops.paged_decode import paged_decode
 from a2ats_jax.ops.pages import FloatPages
 from a2ats_jax.rope import Rope, rotate
@@ -515,7 +515,7 @@ class A2ATS:
     scores = scores.reshape(b * kv_heads, -1, size)
     alone = counts.reshape(b * kv_heads, 1, size)
     held = cells.page_cells(state.index, layer=layer)
-    # The pages looked at slot by slot end where the store does; those not sealed yet hold nothing.
+    # Pages not sealed yet are in the ring: their slots are emptied, so that none is marked.
     number = jnp.arange(held.first.shape[2], state.index.pages, dtype=jnp.int32)
     sealed = state.prompt_slots // self.page + self.split.dealt(self._full(state, now))
     there = (number[None] < sealed[:, None])[:, None, :, None]
@@ -674,24 +674,6 @@ def _whole(tokens: int, page: int) -> int:
 def ring_of(window: int, page: int) -> int:
   """R: the window and the page that is not full yet, rounded up to whole pages."""
   return _whole(window, page) + page
-
-
-def stage_of(granted: int, per: Per, *, page: int, most: int) -> int:
-  """Pages that each KV head fetches at once: a third of what it will need, and at least eight.
-
-  So that few pages are moved in vain, and there are few waits. Chosen tokens lie in one and a half
-  times the pages that they would fill, and those of a group whose query heads have budgets of their
-  own in three times as many and more (docs/performance.md).
-
-  Args:
-    granted: tokens at most.
-    per: whose tokens these are.
-    page: P.
-    most: pages that there are, or that the buffer holds.
-  """
-  filled = -(-granted // page)
-  third = filled if per == "query_head" else -(-filled // 2)
-  return max(1, min(max(third, 8), most))
 
 
 def _over_segments(x: Float[Array, "B H cells"], count: int) -> Float[Array, "B H C"]:

@@ -13,7 +13,7 @@ from a2ats_jax.budget import Budget
 from a2ats_jax.errors import UserError
 from a2ats_jax.methods import dense
 from a2ats_jax.methods.base import Geometry, PromptLayer, Stats, token_by_token
-from a2ats_jax.methods.paging import attend_pages
+from a2ats_jax.methods.paging import attend_pages, stage_of
 from a2ats_jax.rope import Rope, rotate
 from a2ats_jax.typing import Array, Bool, Float, Int
 
@@ -215,9 +215,10 @@ class ClusterKV:
     def chosen(pages: Array) -> Array:
       return cells.selected(*cells.look(state.index, pages, layer=layer), taken)
 
-    filled = -(-int(self.budget.resolve(state.capacity).max()) // self.page)
+    granted = int(self.budget.resolve(state.capacity).max())
     size = k.shape[0] * k.shape[2] * state.store.page_bytes
-    stage = max(1, min(max(filled, 8), ids.shape[2], _STAGE // size))
+    most = min(ids.shape[2], _STAGE // size)
+    stage = stage_of(granted, self.budget.per, page=self.page, most=most)
     far, moved = attend_pages(state.store, q, ids, count, chosen, stage=stage, layer=layer)
     ring = jnp.arange(self.every, dtype=jnp.int32)[None]
     sink = jnp.arange(self.sinks, dtype=jnp.int32)[None] < state.prompt[:, None]

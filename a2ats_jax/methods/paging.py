@@ -7,9 +7,28 @@ import jax.numpy as jnp
 
 from a2ats_jax import attention
 from a2ats_jax import store as paged
+from a2ats_jax.budget import Per
 from a2ats_jax.ops.paged_decode import paged_decode
 from a2ats_jax.ops.pages import Pages
 from a2ats_jax.typing import Array, Bool, Float, Int
+
+
+def stage_of(granted: int, per: Per, *, page: int, most: int) -> int:
+  """F, pages that each KV head fetches at once: about a third of what it needs, and at least eight.
+
+  So that few pages are moved in vain, and there are few waits. Chosen tokens lie in about one and a
+  half times the pages that they would fill, and those of a group whose query heads have budgets of
+  their own in three to four times as many (docs/performance.md).
+
+  Args:
+    granted: tokens at most.
+    per: whose tokens these are.
+    page: P.
+    most: pages that there are, or that the buffer holds.
+  """
+  filled = -(-granted // page)
+  third = filled if per == "query_head" else -(-filled // 2)
+  return max(1, min(max(third, 8), most))
 
 
 def attend_pages(

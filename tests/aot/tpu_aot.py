@@ -13,7 +13,7 @@ controls were refused; 1: something did not; 2: there is no compiler here. Usage
     python tests/aot/tpu_aot.py [--chips v5e:1x1,v6e:1x1] [--only part] [--schedules]
 
 Shapes are Llama-3.1-8B's: 32 query heads on 8 KV heads of size 128, bfloat16 pages of 16 tokens,
-1024 codewords, and a stage of 128 pages a KV head.
+1024 codewords, and 128 pages a KV head fetched at once.
 """
 
 import argparse

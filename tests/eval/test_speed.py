@@ -118,7 +118,7 @@ def test_rounds_take_turns_and_warm_up_is_left_out():
   calls, ticks = [], []
   programs = {name: lambda name=name: calls.append(name) for name in "abc"}
   times = timing.interleaved(
-    programs, rounds=2, warmup=1, tick=lambda done, of: ticks.append((done, of))
+    programs, rounds=2, warmup=1, calls=2, tick=lambda done, of: ticks.append((done, of))
   )
   assert "".join(calls) == "aabbccccbbaaaabbcc"
   assert ticks == [(1, 3), (2, 3), (3, 3)]

@@ -118,14 +118,14 @@ def test_the_choice_by_shape_stays_unless_it_is_beaten_clearly(
 
 
 def test_the_shapes_are_those_of_a_step():
-  """Eight rows share a stage of 16 MiB; a budget of 2048 tokens would fill 128 pages."""
+  """A stage is half the 128 pages that 2048 tokens fill; eight rows share one of 16 MiB."""
   options = {"T": 131072, "new": 128, "page": 16, "codewords": 1024, "dtype": "bfloat16"}
   config, budget = find_model("llama-3.1-8b"), Budget(tokens=2048, per="kv_head")
   layers = [tune.layer_of(config, batch=b, budget=budget, **options) for b in (1, 8)]
-  assert [layer.fetched for layer in layers] == [128, 32]
+  assert [layer.fetched for layer in layers] == [64, 32]
   assert layers[0].keys == 4096
   case = next(c for c in kernels.cases(dataclasses.replace(layers[0], pages=128), "gpu"))
-  assert case.shape == {"fetched": 1024, "page": 4096, "dtype": "bfloat16", "host": False}
+  assert case.shape == {"fetched": 512, "page": 4096, "dtype": "bfloat16", "host": False}
   assert case.args[0].dtype == jnp.bfloat16
 
 

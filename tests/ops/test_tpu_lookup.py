@@ -119,3 +119,9 @@ def test_what_hinders_it():
 def test_rows_that_cannot_be(rows):
   with pytest.raises(UserError, match=f"lookup: tile size rows must be .*got {rows}"):
     LookupTiles(rows=rows)
+
+
+def test_the_reference_at_no_place():
+  """As of an index whose pages are all sorted."""
+  got = reference.lookup(jnp.zeros((2, 3, 5), jnp.int32), jnp.zeros((2, 3, 0), jnp.int32))
+  assert got.shape == (2, 3, 0)

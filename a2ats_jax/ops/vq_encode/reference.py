@@ -18,6 +18,7 @@ def vq_encode(
   offset = 0.5 * jnp.sum(jnp.square(whitened), axis=-1)
 
   def nearest(block: Array) -> Array:
+    # KV heads first, as XLA's CPU backend takes a batched product: others are turned over first.
     z = jnp.einsum("nkd,kde->kne", block.astype(jnp.float32), whitener, precision=_HIGHEST)
     score = jnp.einsum("kne,kce->knc", z, whitened, precision=_HIGHEST) - offset[:, None]
     # The first maximum, as two plain reductions: twice as fast on the CPU as argmax.
