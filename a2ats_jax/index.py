@@ -328,20 +328,6 @@ def cut(
   return better + jnp.clip(room - earlier, 0, tied)
 
 
-def _folded(x: Float[Array, "*rows n"]) -> Float[Array, "*rows 1"]:
-  """Sums of rows, half of each added to the other half until one number is left.
-
-  So that a row's sum is the same whatever stands beside it: a reduction or a product adds up in an
-  order that depends on the number of rows.
-  """
-  n = x.shape[-1]
-  if n == 1:
-    return x
-  half = n // 2
-  total = _folded(x[..., :half] + x[..., half : 2 * half])
-  return total + x[..., 2 * half :] if n % 2 else total
-
-
 def kv_head_scores(
   logits: Float[Array, "B S H cells"], counts: Int[Array, "B S K cells"]
 ) -> Float[Array, "B S K cells"]:
@@ -357,7 +343,8 @@ def kv_head_scores(
     counts: tokens of every cell; what a cell without tokens scores says nothing.
   """
   # Two heads that each look at one cell alone give both the share 1: scores tie but for rounding.
-  # Between barriers every program rounds alike, so that the fast path ties as the reference does.
+  # Between barriers programs of one shape round alike, so that the fast path ties as the reference
+  # does. In another batch the sum may round otherwise (docs/performance.md).
   logits, counts = jax.lax.optimization_barrier((logits, counts))
   b, s, h, cells = logits.shape
   kv_heads = counts.shape[2]
@@ -367,7 +354,8 @@ def kv_head_scores(
   peak = jnp.where(jnp.isfinite(peak), peak, 0.0)
   # Cells without tokens are kept at the peak, where they cannot overflow.
   weight = jnp.exp(jnp.minimum(logits - peak, 0.0)) * held.astype(jnp.float32)
-  total = jnp.maximum(_folded(weight), jnp.finfo(jnp.float32).tiny)
+  total = jnp.dot(weight, jnp.ones(cells, jnp.float32), precision=jax.lax.Precision.HIGHEST)
+  total = jnp.maximum(total, jnp.finfo(jnp.float32).tiny)[..., None]
   return jax.lax.optimization_barrier(jnp.max(logits - peak - jnp.log(total), axis=3))
 
 

@@ -304,19 +304,6 @@ def test_compact_of_many_pages_and_of_none():
   assert not np.asarray(count).any()
 
 
-def test_kv_head_scores_do_not_depend_on_what_stands_beside():
-  """Ties break alike in a batch, over several queries and for one KV head by itself."""
-  rng = np.random.default_rng(1)
-  logits = jnp.asarray(rng.normal(size=(3, 5, 9, 1000)).astype(np.float32) * 9)
-  counts = jnp.asarray(rng.integers(0, 9, (3, 5, 3, 1000)).astype(np.int32))
-  score = jax.jit(cell_index.kv_head_scores)
-  whole = np.asarray(score(logits, counts))
-  for row, query, head in np.ndindex(3, 5, 3):
-    at = np.s_[row : row + 1, query : query + 1]
-    alone = score(logits[at][:, :, 3 * head : 3 * head + 3], counts[at][:, :, head : head + 1])
-    np.testing.assert_array_equal(np.asarray(alone)[0, 0, 0], whole[row, query, head])
-
-
 def test_kv_head_scores_are_log_shares_of_attention():
   """Against NumPy; cells without tokens count for nothing, however high they score."""
   rng = np.random.default_rng(0)
