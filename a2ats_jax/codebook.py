@@ -133,13 +133,17 @@ def item_scores(
   """
   b, s, z, h, d = queries.shape
   kv_heads, m = words.shape[1:3]
-  scores = jnp.einsum(
-    "bszkgd,bkzpd->bkzsgp",
-    queries.astype(jnp.float32).reshape(b, s, z, kv_heads, h // kv_heads, d),
-    words.reshape(b, kv_heads, z, m // z, d),
+  rows = queries.astype(jnp.float32).reshape(b, s, z, kv_heads, h // kv_heads, d)
+  rows = rows.transpose(0, 3, 2, 1, 4, 5)
+  words = words.reshape(b, kv_heads, z, m // z, d)
+  # A batched product as they lie: einsum would turn the codewords over.
+  scores = jax.lax.dot_general(
+    rows.reshape(b, kv_heads, z, -1, d),
+    words,
+    (((4,), (4,)), ((0, 1, 2), (0, 1, 2))),
     precision=_HIGHEST,
-  )
-  return jnp.moveaxis(scores, 2, 4).swapaxes(1, 2).reshape(b, s, h, m)
+  ).reshape(b, kv_heads, z, s, h // kv_heads, m // z)
+  return scores.transpose(0, 3, 1, 4, 2, 5).reshape(b, s, h, m)
 
 
 def save_codebooks(

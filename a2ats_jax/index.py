@@ -13,7 +13,7 @@ selected set a prefix of each cell.
 
 import dataclasses
 import math
-from functools import partial
+from functools import partial, reduce
 from typing import Literal
 
 import jax
@@ -356,7 +356,10 @@ def kv_head_scores(
   weight = jnp.exp(jnp.minimum(logits - peak, 0.0)) * held.astype(jnp.float32)
   total = jnp.dot(weight, jnp.ones(cells, jnp.float32), precision=jax.lax.Precision.HIGHEST)
   total = jnp.maximum(total, jnp.finfo(jnp.float32).tiny)[..., None]
-  return jax.lax.optimization_barrier(jnp.max(logits - peak - jnp.log(total), axis=3))
+  shares = logits - peak - jnp.log(total)
+  # One query head after the other: XLA's CPU backend is slow at the largest over a middle axis.
+  best = reduce(jnp.maximum, (shares[:, :, :, head] for head in range(shares.shape[3])))
+  return jax.lax.optimization_barrier(best)
 
 
 def select(
@@ -479,12 +482,14 @@ def pages_of(pages: PageCells, taken: Int[Array, "B K cells"]) -> Bool[Array, "B
 def compact(pages: Bool[Array, "B K N"]) -> tuple[Int[Array, "B K N"], Int[Array, "B K"]]:
   """The numbers of the marked pages in order, and how many; places after them hold page 0."""
   b, kv_heads, n = pages.shape
-  count = jnp.sum(pages, axis=-1, dtype=jnp.int32)
-  place = _running(pages.astype(jnp.float32)).astype(jnp.int32) - 1
+  # Whole blocks of running sums from here on: a CPU takes longer where it cuts them to n.
+  blocks = max(1, -(-n // _TRIANGLE))
+  marked = jnp.pad(pages, ((0, 0), (0, 0), (0, blocks * _TRIANGLE - n)))
+  upto = _running(marked.astype(jnp.float32)).astype(jnp.int32)
   row = jnp.arange(b * kv_heads, dtype=jnp.int32).reshape(b, kv_heads, 1)
   # Into all rows as one: with an index of three numbers a CPU takes several times as long.
-  at = jnp.where(pages, row * n + place, pages.size).reshape(-1)
-  number = jnp.broadcast_to(jnp.arange(n, dtype=jnp.int32)[None, None], pages.shape).reshape(-1)
+  at = jnp.where(marked, row * n + upto - 1, pages.size).reshape(-1)
+  number = jax.lax.broadcasted_iota(jnp.int32, marked.shape, 2).reshape(-1)
   ids = jnp.zeros(pages.size, jnp.int32)
   ids = ids.at[at].set(number, mode="drop", unique_indices=True)
-  return ids.reshape(pages.shape), count
+  return ids.reshape(pages.shape), upto[..., -1]

@@ -17,4 +17,6 @@ def page_fetch(
   else:
     halves = pages.reshape(-1, pages.shape[2])
     rows = tuple(halves.at[2 * ids + half].get(mode="promise_in_bounds") for half in range(2))
-  return tuple(jax.device_put(x, jax.memory.Space.Device) for x in rows)
+  rows = tuple(jax.device_put(x, jax.memory.Space.Device) for x in rows)
+  # Else XLA's CPU backend copies by tokens, and finds out for each which page it is of.
+  return jax.lax.optimization_barrier(rows)
