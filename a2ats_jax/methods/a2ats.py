@@ -35,7 +35,7 @@ from a2ats_jax.far import FarPosition
 from a2ats_jax.methods import dense, selection
 from a2ats_jax.methods.a2ats_reference import A2ATSReference
 from a2ats_jax.methods.base import Geometry, PromptLayer, Stats, token_by_token
-from a2ats_jax.methods.paging import attend_pages, stage_of
+from a2ats_jax.methods.paging import STAGE_BYTES, attend_pages, stage_of
 from a2ats_jax.ops.paged_decode import paged_decode
 from a2ats_jax.ops.pages import FloatPages
 from a2ats_jax.rope import Rope, rotate
@@ -151,7 +151,7 @@ class A2ATS:
   sinks: int = 8
   page: int = 16
   fetch: int = 0
-  stage: int = 16 << 20
+  stage: int = STAGE_BYTES
   order: cells.Order = "cell"
   placement: paged.Placement = "auto"
   bits: int = 16

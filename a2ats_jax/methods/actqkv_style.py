@@ -12,13 +12,12 @@ from a2ats_jax.budget import Budget
 from a2ats_jax.errors import UserError
 from a2ats_jax.methods import dense
 from a2ats_jax.methods.base import Geometry, Needs, PromptLayer, Stats, token_by_token
-from a2ats_jax.methods.paging import attend_pages
+from a2ats_jax.methods.paging import STAGE_BYTES, attend_pages
 from a2ats_jax.rope import Rope, rotate
 from a2ats_jax.typing import Array, Float, Int
 
 _EVEN = 1e-6  # added to deviations and to entropies: nothing is divided by zero
 _HAIR = 1e-3  # of a block: what a share may lose to float32 before it is rounded down
-_STAGE = 16 << 20  # bytes of the buffer that pages are fetched to
 
 
 @partial(
@@ -227,7 +226,7 @@ class ActQKVStyle:
       return jnp.ones((*pages.shape, self.block), bool)
 
     size = k.shape[0] * k.shape[2] * state.store.page_bytes
-    stage = max(1, min(ids.shape[2], _STAGE // size))
+    stage = max(1, min(ids.shape[2], STAGE_BYTES // size))
     far, moved = attend_pages(state.store, q, ids, count, whole, stage=stage, layer=layer)
     held_k, held_v = dense.read(near.k, layer), dense.read(near.v, layer)
     mask = dense.visible(place, held_k.shape[2])[:, :, None]

@@ -13,13 +13,12 @@ from a2ats_jax.budget import Budget
 from a2ats_jax.errors import UserError
 from a2ats_jax.methods import dense
 from a2ats_jax.methods.base import Geometry, PromptLayer, Stats, token_by_token
-from a2ats_jax.methods.paging import attend_pages, stage_of
+from a2ats_jax.methods.paging import STAGE_BYTES, attend_pages, stage_of
 from a2ats_jax.rope import Rope, rotate
 from a2ats_jax.typing import Array, Bool, Float, Int
 
 _ROUNDS = 20  # of k-means
 _BLOCK = 4096  # tokens compared with all centroids at once
-_STAGE = 16 << 20  # bytes of the buffer that pages are fetched to
 
 
 @partial(
@@ -217,7 +216,7 @@ class ClusterKV:
 
     granted = int(self.budget.resolve(state.capacity).max())
     size = k.shape[0] * k.shape[2] * state.store.page_bytes
-    most = min(ids.shape[2], _STAGE // size)
+    most = min(ids.shape[2], STAGE_BYTES // size)
     stage = stage_of(granted, self.budget.per, page=self.page, most=most)
     far, moved = attend_pages(state.store, q, ids, count, chosen, stage=stage, layer=layer)
     ring = jnp.arange(self.every, dtype=jnp.int32)[None]

@@ -13,14 +13,13 @@ from a2ats_jax import store as paged
 from a2ats_jax.errors import UserError
 from a2ats_jax.methods import dense
 from a2ats_jax.methods.base import Geometry, PromptLayer, Stats, token_by_token
-from a2ats_jax.methods.paging import in_stages
+from a2ats_jax.methods.paging import STAGE_BYTES, in_stages
 from a2ats_jax.ops.pages import Pages
 from a2ats_jax.rope import Rope, rotate
 from a2ats_jax.typing import Array, Bool, Float, Int, UInt16
 
 _HIGHEST = jax.lax.Precision.HIGHEST
 _BLOCK = 1024  # prompt tokens hashed at once
-_STAGE = 16 << 20  # bytes of the buffer that pages are fetched to
 _LEAST = 1e-4  # of a collision probability: what float32 resolves of an angle close to pi
 
 
@@ -239,7 +238,7 @@ class MagicPIG:
     drawn = self._collide(state, q, now, layer)
     by_page = drawn.reshape(*drawn.shape[:3], -1, self.page)
     ids, count = cells.compact(jnp.any(by_page, axis=(2, 4)))
-    stage = _STAGE // (b * kv_heads * state.store.page_bytes)
+    stage = STAGE_BYTES // (b * kv_heads * state.store.page_bytes)
     stage = max(1, min(slots // self.page, stage))
     q = q.astype(jnp.float32)
     mean = dense.read(state.mean, layer)[:, :, None]

@@ -12,6 +12,10 @@ from a2ats_jax.ops.paged_decode import paged_decode
 from a2ats_jax.ops.pages import Pages
 from a2ats_jax.typing import Array, Bool, Float, Int
 
+STAGE_BYTES = 8 << 20
+"""At most, of the buffer that pages are fetched to. Twice as much is allocated anew by a CPU at
+every step, which can cost it a quarter of the step (docs/performance.md)."""
+
 
 def stage_of(granted: int, per: Per, *, page: int, most: int) -> int:
   """F, pages that each KV head fetches at once: about a third of what it needs, and at least eight.

@@ -93,7 +93,7 @@ def test_equals_a_plain_reading_of_triples(window):
 
 def test_equals_a_plain_reading_in_many_stages_and_blocks(monkeypatch):
   """A page fetched at a time, and prompts hashed in blocks that they do not fill."""
-  monkeypatch.setattr(magicpig, "_STAGE", 1)
+  monkeypatch.setattr(magicpig, "STAGE_BYTES", 1)
   monkeypatch.setattr(magicpig, "_BLOCK", 9)
   method = dataclasses.replace(METHOD, seed=9)  # no other test has compiled it
   cache = cases.draw_cache(PAIRS, seed=3, lengths=[40, 22, 5])
