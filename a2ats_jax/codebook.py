@@ -136,9 +136,9 @@ def item_scores(
   rows = queries.astype(jnp.float32).reshape(b, s, z, kv_heads, h // kv_heads, d)
   rows = rows.transpose(0, 3, 2, 1, 4, 5)
   words = words.reshape(b, kv_heads, z, m // z, d)
-  # A batched product as they lie: einsum would turn the codewords over.
+  # Codewords keep their layout in this product; einsum would transpose them.
   scores = jax.lax.dot_general(
-    rows.reshape(b, kv_heads, z, -1, d),
+    rows.reshape(b, kv_heads, z, s * (h // kv_heads), d),
     words,
     (((4,), (4,)), ((0, 1, 2), (0, 1, 2))),
     precision=_HIGHEST,

@@ -482,7 +482,7 @@ def pages_of(pages: PageCells, taken: Int[Array, "B K cells"]) -> Bool[Array, "B
 def compact(pages: Bool[Array, "B K N"]) -> tuple[Int[Array, "B K N"], Int[Array, "B K"]]:
   """The numbers of the marked pages in order, and how many; places after them hold page 0."""
   b, kv_heads, n = pages.shape
-  # Whole blocks of running sums from here on: a CPU takes longer where it cuts them to n.
+  # Padded to whole blocks, as cutting the running sums back to n takes a CPU longer.
   blocks = max(1, -(-n // _TRIANGLE))
   marked = jnp.pad(pages, ((0, 0), (0, 0), (0, blocks * _TRIANGLE - n)))
   upto = _running(marked.astype(jnp.float32)).astype(jnp.int32)

@@ -16,6 +16,7 @@ from a2ats_jax.codebook import (
   HEADER,
   TENSORS,
   encode,
+  item_scores,
   load_codebooks,
   make_codebook,
   save_codebooks,
@@ -139,6 +140,19 @@ def test_score_table_is_the_query_times_each_codeword():
   for b, s, h, z, c in np.ndindex(2, 3, 4, 2, 5):
     want = queries[b, s, z, h] @ words[h // 2, c]
     np.testing.assert_allclose(got[b, s, h, z * 5 + c], want, atol=1e-5)
+
+
+@pytest.mark.parametrize("each", [5, 0])
+def test_item_scores_are_the_query_of_a_tokens_segment_times_its_codeword(each):
+  """Token ``z each + i`` of KV head ``h // G``: segment z's query times the token's codeword."""
+  rng = np.random.default_rng(0)
+  queries = rng.normal(size=(2, 3, 4, 6, 8)).astype(np.float32)
+  words = rng.normal(size=(2, 2, 4 * each, 8)).astype(np.float32)
+  got = item_scores(jnp.asarray(queries), jnp.asarray(words))
+  assert got.shape == (2, 3, 6, 4 * each)
+  for b, s, h, z, i in np.ndindex(2, 3, 6, 4, each):
+    want = queries[b, s, z, h] @ words[b, h // 3, z * each + i]
+    np.testing.assert_allclose(got[b, s, h, z * each + i], want, atol=1e-5)
 
 
 @pytest.mark.parametrize("size", [0, codebook.MAX_CODEWORDS + 1])

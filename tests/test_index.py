@@ -291,34 +291,41 @@ def test_compact_lists_the_marked_pages():
   assert np.asarray(ids)[0].tolist() == [[1, 2, 4, 0, 0], [0, 0, 0, 0, 0]]
 
 
-def test_compact_of_many_pages_and_of_none():
-  """Rows of several blocks of sums, each against NumPy."""
-  pages = np.random.default_rng(0).random((2, 3, 130)) < 0.4
+@pytest.mark.parametrize("n", [1, 63, 64, 65, 130, 4097])
+def test_compact_of_many_pages(n):
+  """Rows of several blocks of sums, each against NumPy: some pages, all of them, the last alone."""
+  pages = np.random.default_rng(0).random((2, 3, n)) < 0.4
+  pages[0, 1], pages[1, 0] = True, np.arange(n) == n - 1
   ids, count = map(np.asarray, jax.jit(cell_index.compact)(jnp.asarray(pages)))
   for row, head in np.ndindex(2, 3):
     (want,) = np.nonzero(pages[row, head])
     assert count[row, head] == len(want)
-    np.testing.assert_array_equal(ids[row, head], np.pad(want, (0, 130 - len(want))))
+    np.testing.assert_array_equal(ids[row, head], np.pad(want, (0, n - len(want))))
+
+
+def test_compact_of_no_pages():
   ids, count = jax.jit(cell_index.compact)(jnp.zeros((2, 3, 0), bool))
   assert ids.shape == (2, 3, 0)
   assert not np.asarray(count).any()
 
 
-def test_kv_head_scores_are_log_shares_of_attention():
+@pytest.mark.parametrize("group", [1, 2, 3])
+def test_kv_head_scores_are_log_shares_of_attention(group):
   """Against NumPy; cells without tokens count for nothing, however high they score."""
   rng = np.random.default_rng(0)
-  logits = rng.normal(size=(1, 2, 4, 6)).astype(np.float32) * 5
+  logits = rng.normal(size=(1, 2, 2 * group, 6)).astype(np.float32) * 5
   counts = rng.integers(0, 4, (1, 2, 2, 6)).astype(np.int32)
   counts[..., 3], logits[..., 3] = 0, 1e30
   got = jax.jit(cell_index.kv_head_scores)(jnp.asarray(logits), jnp.asarray(counts))
   for s, head in np.ndindex(2, 2):
     best = np.full(6, -np.inf)
-    for g in (2 * head, 2 * head + 1):
+    for g in range(group * head, group * head + group):
       row = logits[0, s, g].astype(np.float64)
       held = counts[0, s, head] > 0
       total = np.sum(counts[0, s, head][held] * np.exp(row[held]))
       best = np.maximum(best, row - np.log(total))
-    np.testing.assert_allclose(np.asarray(got)[0, s, head, held], best[held], rtol=1e-5)
+    both = np.asarray(got)[0, s, head, held], best[held]
+    np.testing.assert_allclose(*both, rtol=1e-5, atol=1e-5)
 
 
 def test_kv_head_scores_of_an_empty_index_are_finite():

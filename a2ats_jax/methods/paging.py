@@ -13,8 +13,8 @@ from a2ats_jax.ops.pages import Pages
 from a2ats_jax.typing import Array, Bool, Float, Int
 
 STAGE_BYTES = 8 << 20
-"""At most, of the buffer that pages are fetched to. Twice as much is allocated anew by a CPU at
-every step, which can cost it a quarter of the step (docs/performance.md)."""
+"""At most, of the buffer that pages are fetched to. Chosen on a CPU, where one of twice the size is
+fresh memory at every step, up to a quarter of its time (docs/performance.md)."""
 
 
 def stage_of(granted: int, per: Per, *, page: int, most: int) -> int:
