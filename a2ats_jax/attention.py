@@ -134,6 +134,24 @@ def merge(parts: Sequence[Part]) -> Part:
   return Part(out, peak, total)
 
 
+def merge_rows(part: Part, new: Part, rows: Int[Array, "W"]) -> Part:
+  """Every row of a part merged with what is new for it; no other row's numbers touch it.
+
+  Args:
+    part: S = 1.
+    new: W rows of as many heads.
+    rows: of the part, that each of these belongs to; any number of times.
+  """
+  peak = part.peak.at[rows].max(new.peak)
+  base = jnp.where(jnp.isfinite(peak), peak, 0.0)
+  old, scale = jnp.exp(part.peak - base), jnp.exp(new.peak - base[rows])
+  return Part(
+    (part.out * old[..., None]).at[rows].add(new.out * scale[..., None]),
+    peak,
+    (part.total * old).at[rows].add(new.total * scale),
+  )
+
+
 def merge_across(part: Part, axis: str) -> Part:
   """:func:`merge` of the parts of all devices along a mesh axis, inside ``shard_map``.
 

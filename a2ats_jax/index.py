@@ -391,20 +391,20 @@ def selected(
 
 
 def look(
-  index: CodeIndex, ids: Int[Array, "B K F"], *, layer: int | Array
-) -> tuple[Int[Array, "B K F P"], Int[Array, "B K F P"]]:
-  """Cells and ranks in some pages of a layer.
+  index: CodeIndex, heads: Int[Array, "W"], ids: Int[Array, "W F"], *, layer: int | Array
+) -> tuple[Int[Array, "W 1 F P"], Int[Array, "W 1 F P"]]:
+  """Cells and ranks in some pages of a layer, as of one KV head in each of W rows.
 
   Args:
     index: of all layers; only the rows asked for are read.
+    heads: ``row * K + KV head`` of the pages.
     ids: 0 .. N - 1.
     layer: whose pages.
   """
   _, b, kv_heads, lines, _ = index.cells.shape
-  rows = jnp.arange(b, dtype=jnp.int32)[:, None, None]
-  heads = jnp.arange(kv_heads, dtype=jnp.int32)[None, :, None]
   pages = lines * LANES // index.page
-  number = ((layer * b + rows) * kv_heads + heads) * pages + ids
+  number = ((layer * b * kv_heads + heads) * pages)[:, None] + ids
+  number = number[:, None]
   return (
     slot_fetch(index.cells, number, index.page),
     slot_fetch(index.ranks, number, index.page),

@@ -25,7 +25,7 @@ from a2ats_jax.index import Order, rows_of
 from a2ats_jax.methods import registry
 from a2ats_jax.methods.a2ats import A2ATS, ring_of
 from a2ats_jax.methods.full import Full
-from a2ats_jax.methods.paging import stage_of
+from a2ats_jax.methods.paging import Stage, needed, stage_of
 from a2ats_jax.models.config import ModelConfig
 from a2ats_jax.ops.tiles import LANES
 from a2ats_jax.plan_known import Chip
@@ -290,9 +290,11 @@ def paged_temporary(case: Case, m: Paged) -> int:
   words = b * c.kv_heads * m.far.items(m.window, case.new) * c.head_dim * F32
   sums = b * c.kv_heads * m.codewords * c.head_dim * F32 if m.tail == "centroid" else 0
   choosing = tables + near + words + sums + _unsorted(case, m) // c.global_layers
-  tokens = _stage(case, m) * m.page
-  buffer = b * c.kv_heads * _stage(case, m) * page_bytes(case, m)
-  fetching = buffer + 2 * b * c.heads * tokens * F32 + table
+  stage = _stage(case, m)
+  fetched = stage.blocks * stage.size
+  # The buffer, logits and weights of its tokens, and what is taken of each cell, block by block.
+  fetching = fetched * (page_bytes(case, m) + 2 * c.group * m.page * F32)
+  fetching += stage.blocks * _cells(case, m) * I32 + table
   return _late_weights(case) + max(encoding, choosing, fetching)
 
 
@@ -302,12 +304,15 @@ def _late_weights(case: Case) -> int:
   return (after + mlp) * case.size
 
 
-def _stage(case: Case, m: Paged) -> int:
-  """Pages of every row and KV head fetched at once, as the method says."""
+def _stage(case: Case, m: Paged) -> Stage:
+  """What is fetched at once, as the method says."""
   granted = int(m.budget.resolve(case.prompt + case.new).max())
-  room = m.stage // (case.batch * case.config.kv_heads * page_bytes(case, m))
-  most = min(room, sum(_slots(case, m)) // m.page)
-  return stage_of(granted, m.budget.per, page=m.page, most=most)
+  return stage_of(
+    needed(granted, m.budget.per, page=m.page),
+    heads=case.batch * case.config.kv_heads,
+    pages=sum(_slots(case, m)) // m.page,
+    most=m.stage // page_bytes(case, m),
+  )
 
 
 def _unsorted(case: Case, m: Paged) -> int:
@@ -321,10 +326,11 @@ def _unsorted(case: Case, m: Paged) -> int:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Chosen:
-  """What a KV head reads in a step, on average.
+  """What a KV head reads in a step, on average, and what a layer fetches.
 
   Attributes:
-    tokens: far tokens chosen. pages: that hold them. moved: pages fetched, whole stages.
+    tokens: far tokens chosen. pages: that hold them.
+    moved: pages fetched, whole stages, of all rows and KV heads of a layer.
   """
 
   tokens: float
@@ -352,7 +358,9 @@ def chosen(case: Case, m: Paged) -> Chosen:
   count = min(math.ceil(tokens * m.spread / m.page), held)
   count = min(count, m.fetch) if m.fetch else count
   stage = _stage(case, m)
-  return Chosen(tokens=tokens, pages=count, moved=-(-count // stage) * stage)
+  blocks = case.batch * case.config.kv_heads * -(-count // stage.size)
+  stages = -(-blocks // stage.blocks)
+  return Chosen(tokens=tokens, pages=count, moved=stages * stage.blocks * stage.size)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -446,7 +454,7 @@ def _paged(case: Case, m: Paged) -> Estimate:
   device, temporary, host = kept(case, m)
   traffic, flops = _linear(case)
   state, far = paged_state(case, m), chosen(case, m)
-  fetched = case.kv_rows * far.moved * page_bytes(case, m)
+  fetched = c.global_layers * far.moved * page_bytes(case, m)
   tail = m.tail == "centroid"
   traffic |= {
     "codebooks": codebooks(case, m),
@@ -454,7 +462,7 @@ def _paged(case: Case, m: Paged) -> Estimate:
     + state["page edges"]
     + state["codes of later tokens"]
     + _unsorted(case, m)
-    + case.kv_rows * far.moved * 2 * m.page * I32,
+    + c.global_layers * far.moved * 2 * m.page * I32,
     "score tables": 2 * c.global_layers * case.batch * c.heads * _cells(case, m) * F32,
     "sinks and recent tokens": state["sinks and recent tokens"],
     **local_state(case),
@@ -463,10 +471,10 @@ def _paged(case: Case, m: Paged) -> Estimate:
     "fetched pages": (2 if m.host else 3) * fetched,
   }
   heads = c.global_layers * case.batch * c.heads
-  attended = (
-    far.moved * m.page + m.sinks + ring_of(m.window, m.page)
-  )  # a fetched page is attended whole, masked
-  flops += heads * (2 * _cells(case, m) * d + 4 * attended * d)
+  # A fetched page is attended whole, masked.
+  attended = c.global_layers * c.group * far.moved * m.page
+  attended += heads * (m.sinks + ring_of(m.window, m.page))
+  flops += heads * 2 * _cells(case, m) * d + 4 * attended * d
   flops += heads * 2 * m.codewords * d * tail
   flops += case.kv_rows * 2 * (d + m.codewords) * d  # the new key's code
   length = case.prompt + 1

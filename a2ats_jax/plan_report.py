@@ -216,11 +216,12 @@ def notes(
       "devices add up with each other."
     )
   if method is not None:
-    far = chosen(case, method)
+    far, heads = chosen(case, method), case.batch * case.config.kv_heads
     lines += [
       f"Method: {spec}, budget {method.budget}, {method.codewords:,} codewords.",
       f"Fetched, of a KV head in a layer: {far.tokens:,.0f} far tokens are chosen, on "
-      f"{far.pages:,} pages of {method.page}; whole stages move {far.moved:,}. Assumed: a group "
+      f"{far.pages:,} pages of {method.page}; whole stages move "
+      f"{far.moved / heads:,.0f}. Assumed: a group "
       f"chooses {shared(case, method):g} times what one head is granted (--union), and pages hold "
       f"{method.spread:g} times the tokens chosen (--spread: 2.0 was measured on SmolLM2-135M at "
       "8K tokens and 3%, pages of 16; measure it for others).",

@@ -289,13 +289,32 @@ def fetch(store: KVStore, ids: Int[Array, "B K F"], *, layer: int | Array) -> Pa
   Args:
     ids: 0 .. N - 1.
   """
-  shape, where = store.pages.shape[4:], _numbers(store, ids, layer)
+  return _fetch(store, _numbers(store, ids, layer), ids.shape)
+
+
+def fetch_blocks(
+  store: KVStore, heads: Int[Array, "W"], ids: Int[Array, "W F"], *, layer: int | Array
+) -> Pages:
+  """F pages of each of some rows and KV heads, as :func:`fetch`: of one KV head in each of W rows.
+
+  Args:
+    heads: ``row * K + KV head``, in any order and any number of times.
+    ids: 0 .. N - 1.
+  """
+  _, b, kv_heads, pages = store.pages.shape[:4]
+  where = ((layer * b * kv_heads + heads) * pages)[:, None] + ids
+  return _fetch(store, where.reshape(-1), (heads.shape[0], 1, ids.shape[1]))
+
+
+def _fetch(store: KVStore, where: Int[Array, "n"], lead: tuple[int, ...]) -> Pages:
+  """Pages by their numbers among all, in an array of these leading axes."""
+  shape = store.pages.shape[4:]
   if store.form:
     (got,) = page_fetch(store.pages.reshape(-1, *shape), where)
-    return BytePages(got.reshape(*ids.shape, *shape), store.form)
+    return BytePages(got.reshape(*lead, *shape), store.form)
   half = shape[0] // 2
   keys, values = page_fetch(store.pages.reshape(-1, 2, half), where)
-  shape = (*ids.shape, store.page, half // store.page)
+  shape = (*lead, store.page, half // store.page)
   keys, values = keys.reshape(shape), values.reshape(shape)
   if store.quantised:
     keys, values = store.quantised.unpack(keys), store.quantised.unpack(values)

@@ -37,7 +37,7 @@ class LayerCase:
   Attributes:
     heads: H. kv_heads: K. head_dim: D. codewords: C. page: P, tokens a page. batch: B.
     pages: N, of a row and KV head.
-    fetched: F, pages of a row and KV head fetched at once.
+    blocks: W, fetched at once, each of one row and KV head. fetched: F, pages of a block.
     near: pages of sinks and ring, of ``near_page`` tokens, attended with the tail.
     cells: of a KV head under eight segments, and looked up for so many ``edges``, the pages of the
       prompt.
@@ -52,6 +52,7 @@ class LayerCase:
   page: int
   batch: int
   pages: int
+  blocks: int
   fetched: int
   near: int
   near_page: int
@@ -182,7 +183,7 @@ def _fetch(layer: LayerCase, family: Family, how: dict[str, Any], *, host: bool)
   rng = np.random.default_rng(0)
   dtype, width = jnp.dtype(layer.dtype), layer.page * layer.head_dim
   count, each = layer.batch * layer.kv_heads * layer.pages, 2 * width * dtype.itemsize
-  n = layer.batch * layer.kv_heads * layer.fetched
+  n = layer.blocks * layer.fetched
   raw = rng.integers(0, 256, count * each, dtype=np.uint8)
   if family == "tpu":
     pages = raw.view(np.int8).reshape(count, _form(layer).rows, 128)
@@ -227,8 +228,10 @@ def _decode(layer: LayerCase, family: Family, how: dict[str, Any], near: bool) -
   rng = np.random.default_rng(1)
   dtype, d = jnp.dtype(layer.dtype), layer.head_dim
   count, page = (layer.near, layer.near_page) if near else (layer.fetched, layer.page)
-  lead = (layer.batch, layer.kv_heads, count, page)
-  q = jnp.asarray(rng.normal(size=(layer.batch, 1, layer.heads, d)), dtype)
+  group = layer.heads // layer.kv_heads
+  b, kv_heads = (layer.batch, layer.kv_heads) if near else (layer.blocks, 1)
+  lead = (b, kv_heads, count, page)
+  q = jnp.asarray(rng.normal(size=(b, 1, kv_heads * group, d)), dtype)
   keys, values = (jnp.asarray(rng.normal(size=(*lead, d)), dtype) for _ in range(2))
   mask = jnp.asarray(rng.random(lead) < 0.5)
   codewords = layer.codewords if near else 0
@@ -243,8 +246,7 @@ def _decode(layer: LayerCase, family: Family, how: dict[str, Any], near: bool) -
     grid: dict[str, Sequence[int]] = {"pages": _around(chosen.pages, most=count)}
     rounding = ROUNDED if dtype == jnp.bfloat16 else 0.0
   else:
-    tokens, heads = count * page, layer.batch * layer.kv_heads
-    group, size = layer.heads // layer.kv_heads, dtype.itemsize
+    tokens, heads, size = count * page, b * kv_heads, dtype.itemsize
     chosen = paged_decode.gpu.Tiles.of(
       heads=heads, group=group, tokens=tokens, head_dim=d, itemsize=size, codewords=codewords
     )
@@ -270,7 +272,7 @@ def _decode(layer: LayerCase, family: Family, how: dict[str, Any], near: bool) -
   note = f"{count * page} near tokens and a tail of {codewords} codewords"
   return KernelCase(
     op="paged_decode",
-    note=note if near else f"{count} pages of a KV head",
+    note=note if near else f"{b} blocks of {count} pages",
     args=args,
     varied=0,
     shape=paged_decode.shape_of(*args),

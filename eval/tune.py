@@ -34,6 +34,7 @@ SMALLEST = LayerCase(
   page=16,
   batch=1,
   pages=4,
+  blocks=2,
   fetched=2,
   near=3,
   near_page=8,
@@ -73,7 +74,8 @@ def layer_of(
   method = A2ATS(codebook=make_codebook(jnp.zeros(shape), eye), budget=budget, page=page)
   each = 2 * page * config.head_dim * jnp.dtype(dtype).itemsize
   held = -(-T // page) + -(-new // page)
-  fetched = method.stage_pages(T + new, held, batch * config.kv_heads * each)
+  heads = batch * config.kv_heads
+  stage = method.stage_of(T + new, heads=heads, pages=held, page_bytes=each)
   near_page = math.gcd(A2ATS.sinks, page)
   return LayerCase(
     heads=config.heads,
@@ -83,7 +85,8 @@ def layer_of(
     page=page,
     batch=batch,
     pages=min(held, max(_STORE // batch, 1)),
-    fetched=fetched,
+    blocks=stage.blocks,
+    fetched=stage.size,
     near=(A2ATS.sinks + ring_of(A2ATS.window, page)) // near_page,
     near_page=near_page,
     cells=FarPosition.segments(8).cells(A2ATS.window, new, codewords),

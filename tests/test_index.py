@@ -32,8 +32,10 @@ append = jax.jit(partial(cell_index.append, layer=0))
 def every_slot(index):
   """Cells and ranks of one layer, page by page."""
   b, kv_heads = index.counts.shape[1:3]
-  ids = jnp.arange(index.pages, dtype=jnp.int32)
-  return cell_index.look(index, jnp.broadcast_to(ids, (b, kv_heads, index.pages)), layer=0)
+  heads = jnp.arange(b * kv_heads, dtype=jnp.int32)
+  ids = jnp.broadcast_to(jnp.arange(index.pages, dtype=jnp.int32), (b * kv_heads, index.pages))
+  found = cell_index.look(index, heads, ids, layer=0)
+  return tuple(x.reshape(b, kv_heads, index.pages, index.page) for x in found)
 
 
 @jax.jit

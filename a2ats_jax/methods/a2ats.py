@@ -35,7 +35,7 @@ from a2ats_jax.far import FarPosition
 from a2ats_jax.methods import dense, selection
 from a2ats_jax.methods.a2ats_reference import A2ATSReference
 from a2ats_jax.methods.base import Geometry, PromptLayer, Stats, token_by_token
-from a2ats_jax.methods.paging import STAGE_BYTES, attend_pages, stage_of
+from a2ats_jax.methods.paging import STAGE_BYTES, Blocks, Stage, attend_pages, needed, stage_of
 from a2ats_jax.ops.paged_decode import paged_decode
 from a2ats_jax.ops.pages import FloatPages
 from a2ats_jax.rope import Rope, rotate
@@ -179,17 +179,18 @@ class A2ATS:
     names = [field.name for field in dataclasses.fields(A2ATSReference)]
     return A2ATSReference(**{name: getattr(self, name) for name in names})
 
-  def stage_pages(self, capacity: int, pages: int, bytes_each: int) -> int:
-    """F, pages that each KV head fetches at once: see :func:`stage_of`.
+  def stage_of(self, capacity: int, *, heads: int, pages: int, page_bytes: int) -> Stage:
+    """How many pages are fetched at once: see :func:`a2ats_jax.methods.paging.stage_of`.
 
     Args:
       capacity: tokens of a row at most.
+      heads: rows times KV heads.
       pages: of each KV head, N.
-      bytes_each: of a page for every row and KV head.
+      page_bytes: of a page of one.
     """
     granted = self.split.share(int(self.budget.resolve(capacity).max()))
-    most = min(pages, self.stage // bytes_each)
-    return stage_of(granted, self.budget.per, page=self.page, most=most)
+    need = needed(granted, self.budget.per, page=self.page)
+    return stage_of(need, heads=heads, pages=pages, most=self.stage // page_bytes)
 
   def init(self, geometry: Geometry) -> PagedState:
     g = geometry
@@ -561,10 +562,13 @@ class A2ATS:
   ) -> tuple[attention.Part, Float[Array, "B K"]]:
     """Attention over the chosen tokens of sealed pages and all that is near, and bytes moved."""
     b, kv_heads, total = ids.shape
-    stage = self.stage_pages(state.capacity, total, b * kv_heads * state.store.page_bytes)
+    bytes_each = state.store.page_bytes
+    stage = self.stage_of(state.capacity, heads=b * kv_heads, pages=total, page_bytes=bytes_each)
+    by_head = taken.reshape(b * kv_heads, 1, -1)
 
-    def chosen(pages: Array) -> Array:
-      return cells.selected(*cells.look(state.index, pages, layer=layer), taken)
+    def chosen(blocks: Blocks) -> Array:
+      slots = cells.look(state.index, blocks.heads, blocks.ids, layer=layer)
+      return cells.selected(*slots, by_head[blocks.heads])
 
     return attend_pages(state.store, q, ids, count, chosen, stage=stage, layer=layer, start=near)
 
@@ -609,8 +613,10 @@ class A2ATS:
     full = self._full(state, now)
     number = state.prompt_slots // page + full // self.split.devices
     number = jnp.minimum(number, state.index.pages - 1)
-    number = jnp.broadcast_to(number[:, None, None], (b, kv_heads, 1))
-    chosen = cells.selected(*cells.look(state.index, number, layer=layer), taken)[:, :, 0]
+    number = jnp.repeat(number, kv_heads)[:, None]
+    heads = jnp.arange(b * kv_heads, dtype=jnp.int32)
+    slots = cells.look(state.index, heads, number, layer=layer)
+    chosen = cells.selected(*(x.reshape(b, kv_heads, page) for x in slots), taken)
     item = held - (state.prompt - self.window + full * page)[:, None]
     inside = (item >= 0) & (held <= (now - self.window)[:, None])
     item = jnp.broadcast_to(jnp.clip(item, 0, page - 1)[:, None], (b, kv_heads, ring))

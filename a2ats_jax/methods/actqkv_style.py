@@ -12,7 +12,7 @@ from a2ats_jax.budget import Budget
 from a2ats_jax.errors import UserError
 from a2ats_jax.methods import dense
 from a2ats_jax.methods.base import Geometry, Needs, PromptLayer, Stats, token_by_token
-from a2ats_jax.methods.paging import STAGE_BYTES, attend_pages
+from a2ats_jax.methods.paging import STAGE_BYTES, Blocks, attend_pages, stage_of
 from a2ats_jax.rope import Rope, rotate
 from a2ats_jax.typing import Array, Float, Int
 
@@ -222,11 +222,13 @@ class ActQKVStyle:
     state = dataclasses.replace(state, near=near)
     ids, count = self.choose(state, q, positions[:, 0], layer)
 
-    def whole(pages: Int[Array, "B K F"]) -> Array:
-      return jnp.ones((*pages.shape, self.block), bool)
+    def whole(blocks: Blocks) -> Array:
+      w, f = blocks.ids.shape
+      return jnp.ones((w, 1, f, self.block), bool)
 
-    size = k.shape[0] * k.shape[2] * state.store.page_bytes
-    stage = max(1, min(ids.shape[2], STAGE_BYTES // size))
+    many = ids.shape[2]  # no KV head reads more
+    heads, most = k.shape[0] * k.shape[2], STAGE_BYTES // state.store.page_bytes
+    stage = stage_of(many, heads=heads, pages=many, most=most)
     far, moved = attend_pages(state.store, q, ids, count, whole, stage=stage, layer=layer)
     held_k, held_v = dense.read(near.k, layer), dense.read(near.v, layer)
     mask = dense.visible(place, held_k.shape[2])[:, :, None]

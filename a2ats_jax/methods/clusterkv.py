@@ -13,7 +13,7 @@ from a2ats_jax.budget import Budget
 from a2ats_jax.errors import UserError
 from a2ats_jax.methods import dense
 from a2ats_jax.methods.base import Geometry, PromptLayer, Stats, token_by_token
-from a2ats_jax.methods.paging import STAGE_BYTES, attend_pages, stage_of
+from a2ats_jax.methods.paging import STAGE_BYTES, Blocks, attend_pages, needed, stage_of
 from a2ats_jax.rope import Rope, rotate
 from a2ats_jax.typing import Array, Bool, Float, Int
 
@@ -211,13 +211,18 @@ class ClusterKV:
     state = dataclasses.replace(state, near=near)
     taken, ids, count = self.choose(state, q, now, layer)
 
-    def chosen(pages: Array) -> Array:
-      return cells.selected(*cells.look(state.index, pages, layer=layer), taken)
+    by_head = taken.reshape(-1, 1, taken.shape[2])
 
-    granted = int(self.budget.resolve(state.capacity).max())
-    size = k.shape[0] * k.shape[2] * state.store.page_bytes
-    most = min(ids.shape[2], STAGE_BYTES // size)
-    stage = stage_of(granted, self.budget.per, page=self.page, most=most)
+    def chosen(blocks: Blocks) -> Array:
+      slots = cells.look(state.index, blocks.heads, blocks.ids, layer=layer)
+      return cells.selected(*slots, by_head[blocks.heads])
+
+    stage = stage_of(
+      needed(int(self.budget.resolve(state.capacity).max()), self.budget.per, page=self.page),
+      heads=by_head.shape[0],
+      pages=ids.shape[2],
+      most=STAGE_BYTES // state.store.page_bytes,
+    )
     far, moved = attend_pages(state.store, q, ids, count, chosen, stage=stage, layer=layer)
     ring = jnp.arange(self.every, dtype=jnp.int32)[None]
     sink = jnp.arange(self.sinks, dtype=jnp.int32)[None] < state.prompt[:, None]

@@ -13,7 +13,7 @@ from a2ats_jax import store as paged
 from a2ats_jax.errors import UserError
 from a2ats_jax.methods import dense
 from a2ats_jax.methods.base import Geometry, PromptLayer, Stats, token_by_token
-from a2ats_jax.methods.paging import STAGE_BYTES, in_stages
+from a2ats_jax.methods.paging import STAGE_BYTES, Blocks, in_stages, stage_of
 from a2ats_jax.ops.pages import Pages
 from a2ats_jax.rope import Rope, rotate
 from a2ats_jax.typing import Array, Bool, Float, Int, UInt16
@@ -238,23 +238,31 @@ class MagicPIG:
     drawn = self._collide(state, q, now, layer)
     by_page = drawn.reshape(*drawn.shape[:3], -1, self.page)
     ids, count = cells.compact(jnp.any(by_page, axis=(2, 4)))
-    stage = STAGE_BYTES // (b * kv_heads * state.store.page_bytes)
-    stage = max(1, min(slots // self.page, stage))
+    stage = stage_of(
+      slots // self.page,  # as many as a KV head has: how many are drawn is not known
+      heads=b * kv_heads,
+      pages=slots // self.page,
+      most=STAGE_BYTES // state.store.page_bytes,
+    )
     q = q.astype(jnp.float32)
     mean = dense.read(state.mean, layer)[:, :, None]
     shift = attention.logits(q, mean)
-    q_size = jnp.linalg.norm(q, axis=-1)[..., None]
+    shift = shift.reshape(b * kv_heads, 1, -1, 1)
+    mean = mean.reshape(b * kv_heads, 1, 1, -1)
+    by_head = by_page.reshape(b * kv_heads, *by_page.shape[2:])
 
-    def decode(pages: Pages, here: Array, used: Array) -> attention.Part:
-      keys, values = (x.reshape(b, kv_heads, -1, x.shape[4]) for x in (pages.keys, pages.values))
-      centred = keys.astype(jnp.float32) - mean
+    def decode(q: Array, pages: Pages, blocks: Blocks) -> attention.Part:
+      w, f = blocks.ids.shape
+      keys, values = (x.reshape(w, 1, f * self.page, -1) for x in (pages.keys, pages.values))
+      centred = keys.astype(jnp.float32) - mean[blocks.heads]
       dot = attention.logits(q, centred)
       size = jnp.linalg.norm(centred, axis=-1)[:, None]
-      size = jnp.repeat(size, q.shape[2] // kv_heads, axis=2) * q_size
+      size = size * jnp.linalg.norm(q, axis=-1)[..., None]
       cosine = dot * math.sqrt(q.shape[3]) / jnp.maximum(size, jnp.finfo(jnp.float32).tiny)
-      scores = dot + shift - log_inclusion(cosine, tables=self.tables, bits=self.bits)
-      seen = jnp.take_along_axis(by_page, here[:, :, None, :, None], axis=3)
-      seen &= used[:, :, None, :, None]
+      scores = dot + shift[blocks.heads] - log_inclusion(cosine, tables=self.tables, bits=self.bits)
+      # Of W heads, G and F: the query heads of a block see its pages' drawn tokens.
+      seen = by_head[blocks.heads[:, None], :, blocks.ids].swapaxes(1, 2)
+      seen &= blocks.used[:, None, :, None]
       return attention.from_logits(scores, values, seen.reshape(scores.shape))
 
     part, moved = in_stages(state.store, q, ids, count, decode, stage=stage, layer=layer)

@@ -1,6 +1,11 @@
-"""Attention over chosen tokens of a store's pages, fetched a stage at a time."""
+"""Attention over chosen tokens of a store's pages, fetched a stage at a time.
+
+KV heads need different numbers of pages. So the pages of each row and KV head are cut into blocks,
+and a stage fetches and attends to the next blocks, whosever they are: few pages are moved in vain.
+"""
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,24 +20,64 @@ from a2ats_jax.typing import Array, Bool, Float, Int
 STAGE_BYTES = 8 << 20
 """At most, of the buffer that pages are fetched to. Chosen on a CPU, where one of twice the size is
 fresh memory at every step, up to a quarter of its time (docs/performance.md)."""
+_BLOCK = 16  # pages of a block at most
+_STAGES = 6  # that a step's pages are about to take
 
 
-def stage_of(granted: int, per: Per, *, page: int, most: int) -> int:
-  """F, pages that each KV head fetches at once: about a third of what it needs, and at least eight.
+class Stage(NamedTuple):
+  """The buffer that pages are fetched to.
 
-  So that few pages are moved in vain, and there are few waits. Chosen tokens lie in about one and a
-  half times the pages that they would fill, and those of a group whose query heads have budgets of
-  their own in three to four times as many (docs/performance.md).
+  Attributes:
+    blocks: W, fetched at once, each of one row and KV head.
+    size: F, pages of a block.
+  """
+
+  blocks: int
+  size: int
+
+
+class Blocks(NamedTuple):
+  """What one stage fetches.
+
+  Attributes:
+    heads: of every block, ``row * K + KV head``.
+    ids: its pages.
+    used: which of these count.
+  """
+
+  heads: Int[Array, "W"]
+  ids: Int[Array, "W F"]
+  used: Bool[Array, "W F"]
+
+
+def needed(granted: int, per: Per, *, page: int) -> int:
+  """Pages that a KV head is expected to need.
+
+  Chosen tokens lie in about one and a half times the pages that they would fill, and those of a
+  group whose query heads have budgets of their own in three to four times as many
+  (docs/performance.md).
 
   Args:
     granted: tokens at most.
     per: whose tokens these are.
     page: P.
-    most: pages that there are, or that the buffer holds.
   """
   filled = -(-granted // page)
-  third = filled if per == "query_head" else -(-filled // 2)
-  return max(1, min(max(third, 8), most))
+  return 3 * filled if per == "query_head" else -(-3 * filled // 2)
+
+
+def stage_of(need: int, *, heads: int, pages: int, most: int) -> Stage:
+  """A stage of about a sixth of what is needed.
+
+  Args:
+    need: pages of each KV head, see :func:`needed`.
+    heads: rows times KV heads.
+    pages: that each has, N.
+    most: pages in the buffer.
+  """
+  block = max(1, min(max(need // 3, _BLOCK // 2), _BLOCK, pages, most))
+  blocks = -(-heads * min(need, pages) // (_STAGES * block))
+  return Stage(max(1, min(blocks, most // block)), block)
 
 
 def attend_pages(
@@ -40,9 +85,9 @@ def attend_pages(
   q: Float[Array, "B 1 H D"],
   ids: Int[Array, "B K N"],
   count: Int[Array, "B K"],
-  chosen: Callable[[Int[Array, "B K F"]], Bool[Array, "B K F P"]],
+  chosen: Callable[[Blocks], Bool[Array, "W 1 F P"]],
   *,
-  stage: int,
+  stage: Stage,
   layer: int | Array,
   start: attention.Part | None = None,
 ) -> tuple[attention.Part, Float[Array, "B K"]]:
@@ -54,8 +99,8 @@ def attend_pages(
     chosen: which tokens of some pages to attend to.
   """
 
-  def decode(pages: Pages, here: Array, used: Array) -> attention.Part:
-    return paged_decode(q, pages, chosen(here) & used[..., None])
+  def decode(q: Array, pages: Pages, blocks: Blocks) -> attention.Part:
+    return paged_decode(q, pages, chosen(blocks) & blocks.used[:, None, :, None])
 
   return in_stages(store, q, ids, count, decode, stage=stage, layer=layer, start=start)
 
@@ -65,36 +110,56 @@ def in_stages(
   q: Float[Array, "B 1 H D"],
   ids: Int[Array, "B K N"],
   count: Int[Array, "B K"],
-  decode: Callable[[Pages, Int[Array, "B K F"], Bool[Array, "B K F"]], attention.Part],
+  decode: Callable[[Float[Array, "W 1 G D"], Pages, Blocks], attention.Part],
   *,
-  stage: int,
+  stage: Stage,
   layer: int | Array,
   start: attention.Part | None = None,
 ) -> tuple[attention.Part, Float[Array, "B K"]]:
   """What ``decode`` makes of the first ``count`` pages, merged over stages, and bytes moved.
 
-  As many stages as the KV head with the most pages needs; the buffer holds one.
+  As many stages as all pages need; the buffer holds one. Blocks that the last stage does not need
+  are fetched too, and shared out among rows and KV heads where bytes are counted.
 
   Args:
     ids: page numbers; places from ``count`` on hold any page.
-    decode: attention of q over the pages of one stage: the pages, their numbers, and which of them
-      count.
-    stage: F, pages fetched at once.
+    decode: attention over the pages of one stage, given as those of one KV head in each of W rows,
+      as the queries are: the queries of each block's KV head, its pages, and which these are.
+    stage: its size.
     start: attention to other tokens, which the stages are merged into; nothing if not given.
   """
-  ids = jnp.pad(ids, ((0, 0), (0, 0), (0, -ids.shape[2] % stage)))
-  stages = (jnp.max(count) + stage - 1) // stage
+  many, size = stage
+  b, kv_heads, _ = ids.shape
+  heads = b * kv_heads
+  rows = q.reshape(heads, 1, -1, q.shape[3])
+  held = count.reshape(heads)
+  ids = jnp.pad(ids.reshape(heads, -1), ((0, 0), (0, -ids.shape[2] % size)))
+  ids = ids.reshape(heads, -1, size)
+  needs = (held + size - 1) // size
+  upto = jnp.cumsum(needs)
+  stages = (upto[-1] + many - 1) // many
+
+  def blocks_of(done: Array) -> Blocks:
+    number = done * many + jnp.arange(many, dtype=jnp.int32)
+    head = jnp.sum(number[:, None] >= upto[None], axis=1, dtype=jnp.int32)
+    head = jnp.minimum(head, heads - 1)  # past the last block
+    block = jnp.minimum(number - (upto - needs)[head], ids.shape[1] - 1)
+    place = block[:, None] * size + jnp.arange(size, dtype=jnp.int32)[None]
+    used = (place < held[head][:, None]) & (number < upto[-1])[:, None]
+    return Blocks(head, ids[head, block], used)
 
   def step(done: Array, part: attention.Part) -> attention.Part:
-    here = jax.lax.dynamic_slice_in_dim(ids, done * stage, stage, axis=2)
-    place = done * stage + jnp.arange(stage, dtype=jnp.int32)
-    used = place[None, None] < count[..., None]
-    new = decode(paged.fetch(store, here, layer=layer), here, used)
-    return attention.merge([part, new])
+    blocks = blocks_of(done)
+    pages = paged.fetch_blocks(store, blocks.heads, blocks.ids, layer=layer)
+    new = decode(rows[blocks.heads], pages, blocks)
+    return attention.merge_rows(part, new, blocks.heads)
 
   if start is None:
-    none = jnp.zeros(q.shape[:3])
-    start = attention.Part(jnp.zeros(q.shape, jnp.float32), none - jnp.inf, none)
-  part = jax.lax.fori_loop(0, stages, step, start)
-  moved = (stages * (stage * store.page_bytes)).astype(jnp.float32)
-  return part, jnp.broadcast_to(moved, count.shape)
+    none = jnp.zeros((heads, 1, rows.shape[2]))
+    start = attention.Part(jnp.zeros(rows.shape, jnp.float32), none - jnp.inf, none)
+  part = jax.tree.map(lambda x: x.reshape(heads, 1, rows.shape[2], *x.shape[3:]), start)
+  part = jax.lax.fori_loop(0, stages, step, part)
+  part = jax.tree.map(lambda x: x.reshape(b, 1, q.shape[2], *x.shape[3:]), part)
+  spare = (stages * many - upto[-1]).astype(jnp.float32) / heads
+  moved = (needs.astype(jnp.float32) + spare) * float(size * store.page_bytes)
+  return part, moved.reshape(b, kv_heads)

@@ -1,20 +1,83 @@
-"""How many pages are fetched at once."""
+"""How many pages are fetched at once, and that every page that counts is, once."""
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from a2ats_jax.methods.paging import stage_of
+from a2ats_jax import attention, store
+from a2ats_jax.methods import paging
+from a2ats_jax.methods.paging import Stage, needed, stage_of
+from a2ats_jax.ops.paged_decode import paged_decode
 
 
 @pytest.mark.parametrize(
-  ("granted", "per", "most", "want"),
+  ("granted", "per", "want"),
+  [(2048, "kv_head", 192), (2048, "query_head", 384), (2049, "query_head", 387), (0, "kv_head", 0)],
+)
+def test_pages_needed(granted, per, want):
+  assert needed(granted, per, page=16) == want
+
+
+@pytest.mark.parametrize(
+  ("need", "heads", "pages", "most", "want"),
   [
-    (2048, "kv_head", 999, 64),  # half of the 128 pages that they fill
-    (2048, "query_head", 999, 128),
-    (2049, "query_head", 999, 129),
-    (100, "kv_head", 999, 8),  # not fewer than eight
-    (100, "query_head", 5, 5),  # nor more than there are
-    (0, "query_head", 0, 1),
+    (192, 8, 9999, 9999, Stage(16, 16)),  # 1536 pages, a sixth is 256
+    (192, 8, 9999, 100, Stage(6, 16)),  # no more than the buffer holds
+    (27, 24, 9999, 9999, Stage(12, 9)),  # a third of what is needed is a block
+    (12, 24, 9999, 9999, Stage(6, 8)),  # but not fewer than eight
+    (192, 8, 4, 9999, Stage(2, 4)),  # nor more than there are
+    (192, 8, 9999, 0, Stage(1, 1)),
+    (0, 8, 0, 9999, Stage(1, 1)),
   ],
 )
-def test_a_stage_is_a_third_of_what_is_needed(granted, per, most, want):
-  assert stage_of(granted, per, page=16, most=most) == want
+def test_a_stage_is_a_sixth_of_what_is_needed(need, heads, pages, most, want):
+  assert stage_of(need, heads=heads, pages=pages, most=most) == want
+
+
+B, K, G, N, P, D = 2, 3, 2, 11, 2, 4
+
+
+@given(
+  counts=st.lists(st.integers(0, N), min_size=B * K, max_size=B * K),
+  stage=st.builds(Stage, st.integers(1, 5), st.integers(1, N)),
+  seed=st.integers(0, 9),
+)
+def test_every_page_that_counts_is_attended_once(counts, stage, seed):
+  """Against attention over a KV head's pages at once; bytes are of whole stages."""
+  rng = np.random.default_rng(seed)
+  held = store.open_store(
+    layers=1, batch=B, kv_heads=K, head_dim=D, slots=N * P, page=P, dtype="float32"
+  )
+  k, v = (jnp.asarray(rng.normal(size=(B, K, N * P, D)), jnp.float32) for _ in range(2))
+  held = store.write_prompt(held, k, v, layer=0)
+  ids = jnp.asarray(rng.permuted(np.tile(np.arange(N), (B, K, 1)), axis=2), jnp.int32)
+  count = jnp.asarray(counts, jnp.int32).reshape(B, K)
+  q = jnp.asarray(rng.normal(size=(B, 1, K * G, D)), jnp.float32)
+
+  def every(blocks):
+    return jnp.ones((*blocks.ids[:, None].shape, P), bool)
+
+  part, moved = paging.attend_pages(held, q, ids, count, every, stage=stage, layer=0)
+  seen = jnp.arange(N, dtype=jnp.int32)[None, None] < count[..., None]
+  mask = jnp.broadcast_to(seen[..., None], (B, K, N, P))
+  want = paged_decode(q, store.fetch(held, ids, layer=0), mask)
+  np.testing.assert_allclose(attention.finish(part), attention.finish(want), atol=1e-5)
+  np.testing.assert_allclose(part.total, want.total, rtol=1e-5)
+  blocks = sum(-(-n // stage.size) for n in counts)
+  whole = -(-blocks // stage.blocks) * stage.blocks * stage.size * held.page_bytes
+  np.testing.assert_allclose(float(jnp.sum(moved)), whole, rtol=1e-5)
+
+
+def test_what_one_kv_head_holds_touches_no_other():
+  """NaN in the values of a page stays with its own KV head."""
+  one = attention.Part(jnp.zeros((3, 1, 2, 4)), jnp.full((3, 1, 2), -jnp.inf), jnp.zeros((3, 1, 2)))
+  new = jax.tree.map(lambda x: jnp.ones((2, *x.shape[1:])), one)
+  new = attention.Part(new.out.at[0].set(jnp.nan), new.peak, new.total)
+  merged = attention.merge_rows(one, new, jnp.asarray([1, 2], jnp.int32))
+  out = np.asarray(attention.finish(merged))
+  assert np.isnan(out[1]).all()
+  assert (out[0] == 0).all()
+  assert (out[2] == 1).all()
