@@ -253,7 +253,7 @@ def paged_state(case: Case, m: Paged) -> dict[str, int]:
 
 
 def codebooks(case: Case, m: Paged) -> int:
-  """Bytes of the codebooks: codewords, whitener, codewords whitened, their offsets; one for all rows."""
+  """Bytes of the codebooks, one for all rows: codewords plain and whitened, offsets, whitener."""
   c = case.config
   numbers = (2 * m.codewords + c.head_dim) * c.head_dim + m.codewords
   return c.global_layers * c.kv_heads * numbers * F32
