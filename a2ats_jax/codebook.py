@@ -22,7 +22,7 @@ import safetensors.numpy
 
 from a2ats_jax.errors import UserError
 from a2ats_jax.files import write_atomically
-from a2ats_jax.ops.vq_encode import vq_encode
+from a2ats_jax.ops.vq_encode import offsets_of, vq_encode
 from a2ats_jax.rope import RopeConfig
 from a2ats_jax.typing import Array, Float, UInt16
 
@@ -36,7 +36,7 @@ _HIGHEST = jax.lax.Precision.HIGHEST
 
 @partial(
   jax.tree_util.register_dataclass,
-  data_fields=["codewords", "whitener", "whitened"],
+  data_fields=["codewords", "whitener", "whitened", "offsets"],
   meta_fields=[],
 )
 @dataclasses.dataclass(frozen=True)
@@ -47,11 +47,14 @@ class Codebook:
     codewords: in the space of keys before rotary embedding, ``[L, K, C, D]`` float32.
     whitener: lower triangular ``L`` of the metric ``H = L L^T``, ``[L, K, D, D]``.
     whitened: ``codewords @ whitener``, kept because every encoded key needs it.
+    offsets: half the squared norm of each row of ``whitened``, ``[L, K, C]``, kept so that coding
+      the key of a decode step reads C numbers instead of squaring all of ``whitened`` again.
   """
 
   codewords: Float[Array, "*L K C D"]
   whitener: Float[Array, "*L K D D"]
   whitened: Float[Array, "*L K C D"]
+  offsets: Float[Array, "*L K C"]
 
   def layer(self, index: int | Array) -> "Codebook":
     """The codebooks of one layer; the index may be traced."""
@@ -70,7 +73,8 @@ def make_codebook(
   size = codewords.shape[-2]
   if not 1 <= size <= MAX_CODEWORDS:
     raise UserError(f"codebook: 1 to {MAX_CODEWORDS} codewords are supported, got {size}")
-  return Codebook(codewords, whitener, jnp.matmul(codewords, whitener, precision=_HIGHEST))
+  whitened = jnp.matmul(codewords, whitener, precision=_HIGHEST)
+  return Codebook(codewords, whitener, whitened, offsets_of(whitened))
 
 
 def encode(keys: Float[Array, "B T K D"], book: Codebook) -> UInt16[Array, "B T K"]:
@@ -94,7 +98,8 @@ def encode(keys: Float[Array, "B T K D"], book: Codebook) -> UInt16[Array, "B T 
     raise ValueError(
       f"encode: keys have K={kv_heads} and D={dim}, the codebook {book.codewords.shape}"
     )
-  codes = vq_encode(keys.reshape(b * t, kv_heads, dim), book.whitener, book.whitened)
+  rows = keys.reshape(b * t, kv_heads, dim)
+  codes = vq_encode(rows, book.whitener, book.whitened, book.offsets)
   return codes.reshape(b, t, kv_heads)
 
 

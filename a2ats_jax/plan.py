@@ -253,9 +253,10 @@ def paged_state(case: Case, m: Paged) -> dict[str, int]:
 
 
 def codebooks(case: Case, m: Paged) -> int:
-  """Bytes of the codebooks: codewords, whitener, and codewords whitened; one for all rows."""
+  """Bytes of the codebooks, one for all rows: codewords plain and whitened, offsets, whitener."""
   c = case.config
-  return c.global_layers * c.kv_heads * (2 * m.codewords + c.head_dim) * c.head_dim * F32
+  numbers = (2 * m.codewords + c.head_dim) * c.head_dim + m.codewords
+  return c.global_layers * c.kv_heads * numbers * F32
 
 
 # --- temporary memory -----------------------------------------------------------------------------

@@ -328,12 +328,15 @@ def _encode(layer: LayerCase, family: Family, how: dict[str, Any], n: int) -> Ke
     chosen = vq_encode.gpu.Tiles.of(codewords=size, head_dim=d)
     grid = {"codewords": (32, 64, 128), "stages": (1, 2, 3)}
 
-  def kernel(keys: Array, whitener: Array, whitened: Array, tiles: Any) -> Array:
-    op = vq_encode.tpu if family == "tpu" else vq_encode.gpu
-    return op.vq_encode(keys, whitener, whitened, tiles=tiles, **how)
+  # The TPU kernel takes no offsets.
+  op, taken = (vq_encode.tpu, 3) if family == "tpu" else (vq_encode.gpu, 4)
+
+  def kernel(*args: Array, tiles: Any) -> Array:
+    return op.vq_encode(*args[:taken], tiles=tiles, **how)
 
   reference = jax.jit(vq_encode.reference.vq_encode)
-  args = (keys, jnp.asarray(whitener), jnp.asarray(whitened))
+  words = jnp.asarray(whitened)
+  args = (keys, jnp.asarray(whitener), words, vq_encode.offsets_of(words))
   return KernelCase(
     op="vq_encode",
     note="1 key" if n == 1 else f"{n} keys",
@@ -344,7 +347,7 @@ def _encode(layer: LayerCase, family: Family, how: dict[str, Any], n: int) -> Ke
     kernel=kernel,
     chosen=chosen,
     grid=grid,
-    traffic=sum(x.nbytes for x in args) + 2 * n * kv_heads,
+    traffic=sum(x.nbytes for x in args[:taken]) + 2 * n * kv_heads,
     yardstick="device to device",
     problem=lambda got: _worse(args, np.asarray(got), np.asarray(reference(*args))),
   )
@@ -387,7 +390,7 @@ def _worse(args: tuple[Array, ...], got: np.ndarray, want: np.ndarray) -> str | 
   row, head = np.nonzero(got != want)
   if not row.size:
     return None
-  keys, whitener, whitened = (np.asarray(x.astype(jnp.float32), np.float64) for x in args)
+  keys, whitener, whitened = (np.asarray(x.astype(jnp.float32), np.float64) for x in args[:3])
   if got.max() >= whitened.shape[1]:
     return f"code {got.max()} of {whitened.shape[1]}"
   z = np.einsum("pd,pde->pe", keys[row, head], whitener[head])

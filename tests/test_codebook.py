@@ -73,6 +73,21 @@ def test_ties_go_to_the_lowest_index(seed):
   np.testing.assert_array_equal(jit_encode(jnp.asarray(keys), book), want)
 
 
+def test_offsets_by_hand():
+  """``(1, 2) L = (7, 4)`` and ``(0, 1) L = (3, 2)``: halves of 65 and 13."""
+  words, lower = jnp.asarray([[[1.0, 2.0], [0.0, 1.0]]]), jnp.asarray([[[1.0, 0.0], [3.0, 2.0]]])
+  np.testing.assert_array_equal(make_codebook(words, lower).offsets, [[32.5, 6.5]])
+
+
+def test_encode_takes_the_offsets_that_are_kept():
+  """A step squares no codeword: no sum but the matrix products, and other offsets tell."""
+  book = make_codebook(jnp.asarray([[[1.0], [2.0]]]), jnp.ones((1, 1, 1)))
+  keys = jnp.full((1, 1, 1, 1), 2.0)
+  assert encode(keys, book).item() == 1
+  assert encode(keys, dataclasses.replace(book, offsets=jnp.asarray([[0.0, 9.0]]))).item() == 0
+  assert "reduce_sum" not in str(jax.make_jaxpr(encode)(keys, book))
+
+
 def test_the_metric_decides():
   """The nearest codeword in plain distance is not the nearest under H."""
   words = jnp.asarray([[[1.0, 0.0], [0.0, 3.0]]])

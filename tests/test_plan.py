@@ -99,8 +99,8 @@ def test_a2ats_of_llama_at_128k_by_hand():
     "value sums of codewords": 256 * (4096 * 128 + 4096) * 4,
     "row tables": (9 + 1) * 4,
   }
-  # Codebooks: 256 heads of 4096 codewords twice and a 128 x 128 matrix, float32.
-  assert plan.codebooks(case, m) == 256 * (2 * 4096 * 128 + 128 * 128) * 4 == 1090519040
+  # Codebooks: 256 heads of 4096 codewords twice, an offset of each and a 128 x 128 matrix, float32.
+  assert plan.codebooks(case, m) == 256 * (2 * 4096 * 128 + 4096 + 128 * 128) * 4 == 1094713344
   of = plan.estimate(case, m)
   assert of.host == 17196646400
   assert of.device_bytes < plan.estimate(case, None).device_bytes / 1.8
@@ -126,7 +126,7 @@ def test_a_step_of_a2ats_by_hand():
   # A layer: q 16 32, k and v 16 16 each, o 32 16, MLP 3 16 24: 2688 numbers and norms of 32.
   # Read: (2 2720 + 16 + 100 16 + 3 rows of 16) 4 = 28416.
   assert of.traffic["weights"] == (2 * 2720 + 16 + 1600 + 48) * 4
-  assert of.traffic["codebooks"] == 2 * 2 * (2 * 32 * 8 + 64) * 4
+  assert of.traffic["codebooks"] == 2 * 2 * (2 * 32 * 8 + 32 + 64) * 4
   # Counts 32 cells, edges 3 250 pages, and cells and ranks of 40 pages of 4; 12 heads.
   assert of.traffic["index"] == 12 * (32 + 750 + 40 * 8) * 4
   assert of.traffic["score tables"] == 2 * (2 * 3 * 4) * 32 * 4  # written and read, 24 query heads
@@ -238,7 +238,8 @@ def nbytes(tree) -> int:
 def book_of(config: ModelConfig, size: int) -> Codebook:
   lead = (config.layers, config.kv_heads)
   words = jnp.zeros((*lead, size, config.head_dim))
-  return Codebook(words, jnp.zeros((*lead, config.head_dim, config.head_dim)), words)
+  metric = jnp.zeros((*lead, config.head_dim, config.head_dim))
+  return Codebook(words, metric, words, jnp.zeros((*lead, size)))
 
 
 def method_of(m: plan.Paged, config: ModelConfig) -> A2ATS:

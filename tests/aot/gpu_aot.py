@@ -170,6 +170,7 @@ def compile_case(case: Case) -> dict[str, Any]:
       array((case.keys, case.kv_heads, d), dtype),
       array((case.kv_heads, d, d), jnp.float32),
       array((case.kv_heads, case.codewords, d), jnp.float32),
+      array((case.kv_heads, case.codewords), jnp.float32),
     )
     function, bound = vq_encode, case.keys * case.kv_heads * case.codewords * 4
 

@@ -21,7 +21,7 @@ def arguments(op: str) -> tuple:
       FloatPages(jnp.zeros((1, 1, 2, 8, 64)), jnp.zeros((1, 1, 2, 8, 64))),
       jnp.zeros((1, 1, 2, 8), bool),
     ),
-    "vq_encode": (jnp.zeros((4, 1, 8)), jnp.eye(8)[None], jnp.ones((1, 3, 8))),
+    "vq_encode": (jnp.zeros((4, 1, 8)), jnp.eye(8)[None], jnp.ones((1, 3, 8)), jnp.ones((1, 3))),
   }[op]
 
 

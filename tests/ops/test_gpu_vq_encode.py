@@ -9,7 +9,7 @@ import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from a2ats_jax.errors import UserError
-from a2ats_jax.ops.vq_encode import gpu, reference
+from a2ats_jax.ops.vq_encode import gpu, offsets_of, reference
 
 INTERPRET = plgpu.InterpretGPUParams(detect_races=True)
 # How far below the best a chosen score may lie, in parts of the largest product of norms: the
@@ -37,13 +37,13 @@ SHAPES = {
 WRONG = SHAPES["odd"]
 
 
-def arguments(shape: Shape) -> tuple[jax.Array, jax.Array, jax.Array]:
+def arguments(shape: Shape) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
   rng = np.random.default_rng(23)
   n, k, c, d = shape[:4]
   keys = jnp.asarray(rng.normal(size=(n, k, d)), shape.dtype)
   whitener = np.tril(rng.normal(size=(k, d, d)))
-  whitened = rng.normal(size=(k, c, d)) @ whitener
-  return keys, jnp.asarray(whitener, jnp.float32), jnp.asarray(whitened, jnp.float32)
+  whitened = jnp.asarray(rng.normal(size=(k, c, d)) @ whitener, jnp.float32)
+  return keys, jnp.asarray(whitener, jnp.float32), whitened, offsets_of(whitened)
 
 
 def run(shape: Shape, args: tuple[jax.Array, ...], fault: Any = None) -> np.ndarray:
@@ -54,7 +54,7 @@ def run(shape: Shape, args: tuple[jax.Array, ...], fault: Any = None) -> np.ndar
 
 def lost(args: tuple[jax.Array, ...], codes: np.ndarray) -> float:
   """The most that a chosen score lies below the best, in float64, in parts of |k L| |c L|."""
-  keys, whitener, whitened = (np.asarray(x.astype(jnp.float32), np.float64) for x in args)
+  keys, whitener, whitened = (np.asarray(x.astype(jnp.float32), np.float64) for x in args[:3])
   z = np.einsum("nkd,kde->nke", keys, whitener)
   scores = np.einsum("nke,kce->nkc", z, whitened) - 0.5 * np.sum(whitened**2, axis=-1)
   chosen = np.take_along_axis(scores, codes[..., None].astype(np.int64), axis=2)[..., 0]
@@ -70,10 +70,11 @@ def test_equals_reference(name):
   assert lost(args, codes) <= NEAR_TIE
 
 
-def near(shape: Shape) -> tuple[jax.Array, jax.Array, jax.Array]:
+def near(shape: Shape) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
   """Codewords of one place, a thousandth of their size apart."""
-  keys, whitener, whitened = arguments(shape)
-  return keys, whitener, whitened[:, :1] + 1e-3 * whitened
+  keys, whitener, whitened, _ = arguments(shape)
+  whitened = whitened[:, :1] + 1e-3 * whitened
+  return keys, whitener, whitened, offsets_of(whitened)
 
 
 def test_near_ties():
@@ -84,11 +85,21 @@ def test_near_ties():
 
 def test_ties_go_to_the_lowest():
   """Every codeword is there three times, in one block and in two."""
-  keys, whitener, whitened = arguments(WRONG)
-  args = keys, whitener, jnp.tile(whitened[:, :11], (1, 3, 1))
+  keys, whitener, whitened, _ = arguments(WRONG)
+  whitened = jnp.tile(whitened[:, :11], (1, 3, 1))
+  args = keys, whitener, whitened, offsets_of(whitened)
   codes = run(WRONG, args)
   assert codes.max() < 11
   assert np.array_equal(codes, reference.vq_encode(*args))
+
+
+def test_offsets_are_those_given():
+  """Not the norms of the codewords beside them."""
+  *args, offsets = arguments(WRONG)
+  other = (*args, offsets[:, ::-1])
+  codes = run(WRONG, other)
+  assert np.array_equal(codes, reference.vq_encode(*other))
+  assert not np.array_equal(codes, reference.vq_encode(*args, offsets))
 
 
 @pytest.mark.parametrize("fault", ["last block", "neighbour", "offset", "stale"])
@@ -144,8 +155,8 @@ def test_hindrances():
   args = arguments(WRONG)
   assert gpu.hindrances("gpu", *args) == []
   assert gpu.hindrances("cpu", *args) == ["it needs an NVIDIA GPU, and the backend is cpu"]
-  keys, whitener, whitened = args
-  half = [x.astype(jnp.bfloat16) for x in (whitener, whitened)]
+  keys, *book = args
+  half = [x.astype(jnp.bfloat16) for x in book]
   reasons = gpu.hindrances("gpu", keys[:63], *half)
   assert len(reasons) == 2
   assert "a tile is 64 keys, and 63 are quicker without one" in reasons

@@ -17,6 +17,7 @@ FLOATS = FloatPages(jnp.zeros((1, 2, 3, 8, 64)), jnp.zeros((1, 2, 3, 8, 64)))
 BYTES = BytePages(FORM.pack(*FLOATS), FORM)
 QUERY, MASK = jnp.zeros((1, 1, 4, 64)), jnp.zeros((1, 2, 3, 8), bool)
 KEYS, METRIC, WORDS = jnp.zeros((70, 2, 8)), jnp.zeros((2, 8, 8)), jnp.zeros((2, 16, 8))
+NORMS = jnp.zeros((2, 16))
 IDS = jnp.zeros(5, jnp.int32)
 TABLES, PLACES = jnp.zeros((2, 1, 600), jnp.int32), jnp.zeros((2, 1, 7), jnp.int32)
 
@@ -45,12 +46,12 @@ KERNELS = {
     vq_encode,
     "tpu",
     "vq_encode",
-    (KEYS, METRIC, WORDS),
+    (KEYS, METRIC, WORDS, NORMS),
     {"keys": 7, "codewords": 9},
   ),
   "vq_encode, gpu": (
     *(vq_encode, "gpu", "vq_encode"),
-    (KEYS, METRIC, WORDS),
+    (KEYS, METRIC, WORDS, NORMS),
     {"codewords": 8, "stages": 3, "keys": 64},
   ),
   "lookup, tpu": (lookup, "tpu", "lookup", (TABLES, PLACES), {"rows": 3}),
@@ -93,7 +94,8 @@ def test_a_kernel_takes_the_sizes_of_its_shape_alone(name, tmp_path, monkeypatch
 
 def test_many_keys_are_one_shape():
   shapes = [
-    vq_encode.shape_of(jnp.zeros((n, 1, 8)), METRIC[:1], WORDS[:1]) for n in (4095, 4096, 9000)
+    vq_encode.shape_of(jnp.zeros((n, 1, 8)), METRIC[:1], WORDS[:1], NORMS[:1])
+    for n in (4095, 4096, 9000)
   ]
   assert shapes[1] == shapes[2] != shapes[0]
 

@@ -9,7 +9,7 @@ import pytest
 from jax.experimental.pallas import tpu as pltpu
 
 from a2ats_jax.ops.tiles import EncodeTiles
-from a2ats_jax.ops.vq_encode import reference, tpu
+from a2ats_jax.ops.vq_encode import IMPLEMENTATIONS, offsets_of, reference, tpu
 
 STRICT = pltpu.InterpretParams(
   detect_races=True, uninitialized_memory="nan", out_of_bounds_reads="raise"
@@ -85,9 +85,13 @@ def _run(x: Inputs, case: Case, interpret=True, mutation=None) -> np.ndarray:
   return np.asarray(codes)
 
 
+def _reference(x: Inputs) -> jax.Array:
+  return reference.vq_encode(*x, offsets_of(x.whitened))
+
+
 def _assert_near(codes: np.ndarray, x: Inputs) -> None:
   """The reference's codes, but for keys whose two best scores are nearly the same."""
-  want = np.asarray(reference.vq_encode(*x))
+  want = np.asarray(_reference(x))
   keys, whitener, words = (np.asarray(y.astype(jnp.float32), np.float64) for y in x)
   z = np.einsum("nkd,kde->nke", keys, whitener)
   scores = np.einsum("nke,kce->nkc", z, words) - 0.5 * np.sum(words**2, axis=-1)
@@ -107,14 +111,14 @@ def test_random(name):
 @pytest.mark.parametrize("name", CASES)
 def test_ties_go_to_the_lowest(name):
   x = _whole(CASES[name])
-  np.testing.assert_array_equal(_run(x, CASES[name]), reference.vq_encode(*x))
+  np.testing.assert_array_equal(_run(x, CASES[name]), _reference(x))
 
 
 @pytest.mark.parametrize("name", TINY)
 def test_strictly(name):
   """No race, nothing read outside an array or before it is written."""
   x = _whole(CASES[name])
-  np.testing.assert_array_equal(_run(x, CASES[name], STRICT), reference.vq_encode(*x))
+  np.testing.assert_array_equal(_run(x, CASES[name], STRICT), _reference(x))
 
 
 def test_keys_of_sixteen_bits():
@@ -127,7 +131,13 @@ def test_sizes_chosen_by_shape():
   case = CASES["odd"]
   x = _whole(case)
   got = tpu.vq_encode(*x, interpret=True)
-  np.testing.assert_array_equal(got, reference.vq_encode(*x))
+  np.testing.assert_array_equal(got, _reference(x))
+
+
+def test_the_op_hands_it_what_it_takes():
+  x = _random(CASES["odd"])
+  codes = jax.eval_shape(IMPLEMENTATIONS["tpu"].run, *x, offsets_of(x.whitened))
+  assert (codes.shape, codes.dtype) == ((131, 2), jnp.uint16)
 
 
 def test_no_key():
@@ -141,7 +151,7 @@ def test_a_wrong_kernel_is_seen(mutation):
   if mutation is tpu._Mutation.HIGHEST_TIE:
     x = _whole(case)
     with pytest.raises(AssertionError):
-      np.testing.assert_array_equal(_run(x, case, True, mutation), reference.vq_encode(*x))
+      np.testing.assert_array_equal(_run(x, case, True, mutation), _reference(x))
   else:
     x = _random(case)
     wrong = _run(x, case, True, mutation)
@@ -151,7 +161,10 @@ def test_a_wrong_kernel_is_seen(mutation):
 
 def test_what_hinders_it():
   x = _random(CASES["tiny"])
-  assert tpu.hindrances("tpu", *x) == []
-  assert tpu.hindrances("gpu", *x) == ["it needs a TPU, and the backend is gpu"]
+  offsets = offsets_of(x.whitened)
+  assert tpu.hindrances("tpu", *x, offsets) == []
+  assert tpu.hindrances("gpu", *x, offsets) == ["it needs a TPU, and the backend is gpu"]
   odd = x._replace(keys=jnp.zeros((3, 2, 12)))
-  assert tpu.hindrances("tpu", *odd) == ["head size must be a multiple of 8 up to 512, got 12"]
+  assert tpu.hindrances("tpu", *odd, offsets) == [
+    "head size must be a multiple of 8 up to 512, got 12"
+  ]

@@ -2,6 +2,9 @@
 
 from types import MappingProxyType
 
+import jax
+import jax.numpy as jnp
+
 from a2ats_jax.ops import dispatch, stored_tiles
 from a2ats_jax.ops.tiles import EncodeTiles
 from a2ats_jax.ops.vq_encode import gpu, reference, tpu
@@ -11,7 +14,7 @@ MANY = 4096
 """Keys from which on more of them only repeat the same blocks."""
 
 
-def shape_of(keys: Array, whitener: Array, whitened: Array) -> stored_tiles.Shape:
+def shape_of(keys: Array, whitener: Array, whitened: Array, offsets: Array) -> stored_tiles.Shape:
   """What stored tiles are looked up by; :data:`MANY` keys stand for any larger number."""
   n, kv_heads, dim = keys.shape
   return {
@@ -23,8 +26,17 @@ def shape_of(keys: Array, whitener: Array, whitened: Array) -> stored_tiles.Shap
   }
 
 
+@jax.jit  # one pass, without an array of squares
+def offsets_of(whitened: Float[Array, "*L K C D"]) -> Float[Array, "*L K C"]:
+  """Half the squared norm of every whitened codeword."""
+  return 0.5 * jnp.sum(jnp.square(whitened), axis=-1)
+
+
 def _on_tpu(*args: Array) -> Array:
-  return tpu.vq_encode(*args, tiles=stored_tiles.find("vq_encode", EncodeTiles, shape_of(*args)))
+  # Not the offsets: the kernel has whole codewords in VMEM, whose norms come out as the column it
+  # subtracts. Given, they would come as rows of lanes, to be turned over.
+  tiles = stored_tiles.find("vq_encode", EncodeTiles, shape_of(*args))
+  return tpu.vq_encode(*args[:3], tiles=tiles)
 
 
 def _on_gpu(*args: Array) -> Array:
@@ -44,6 +56,7 @@ def vq_encode(
   keys: Float[Array, "n K D"],
   whitener: Float[Array, "K D D"],
   whitened: Float[Array, "K C D"],
+  offsets: Float[Array, "K C"],
   *,
   implementation: str = dispatch.AUTO,
 ) -> UInt16[Array, "n K"]:
@@ -53,6 +66,8 @@ def vq_encode(
     keys: n of them, before rotary embedding.
     whitener: L.
     whitened: codewords times L.
+    offsets: half of their squared norms, :func:`offsets_of`.
     implementation: by name, or ``auto``.
   """
-  return dispatch.call("vq_encode", IMPLEMENTATIONS, implementation, keys, whitener, whitened)
+  args = (keys, whitener, whitened, offsets)
+  return dispatch.call("vq_encode", IMPLEMENTATIONS, implementation, *args)

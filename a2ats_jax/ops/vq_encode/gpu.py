@@ -83,16 +83,19 @@ class Tiles:
     return 2 * _PIECES * _padded(head_dim) * (_KEYS + self.stages * self.codewords)
 
 
-def hindrances(backend: str, keys: Array, whitener: Array, whitened: Array) -> list[str]:
+def hindrances(
+  backend: str, keys: Array, whitener: Array, whitened: Array, offsets: Array
+) -> list[str]:
   """Why the kernel cannot encode these, a sentence each; empty where it can.
 
   Args:
     backend: by JAX's name.
-    keys, whitener, whitened: as in :func:`vq_encode`.
+    keys, whitener, whitened, offsets: as in :func:`vq_encode`.
   """
   reasons = mosaic_gpu.hindrances(backend, oldest=9.0, newest=9.9)  # WGMMA is Hopper's alone
-  if whitener.dtype != jnp.float32 or whitened.dtype != jnp.float32:
-    reasons.append(f"codebooks must be float32, got {whitener.dtype} and {whitened.dtype}")
+  dtypes = [x.dtype for x in (whitener, whitened, offsets)]
+  if any(dtype != jnp.float32 for dtype in dtypes):
+    reasons.append(f"codebooks must be float32, got {', '.join(map(str, dtypes))}")
   if keys.shape[-1] > _HEAD_DIM:
     reasons.append(f"head size must be at most {_HEAD_DIM}, got {keys.shape[-1]}")
   if keys.shape[0] < _KEYS:
@@ -104,6 +107,7 @@ def vq_encode(
   keys: Float[Array, "n K D"],
   whitener: Float[Array, "K D D"],
   whitened: Float[Array, "K C D"],
+  offsets: Float[Array, "K C"],
   *,
   tiles: Tiles | None = None,
   interpret: Any = None,
@@ -122,18 +126,17 @@ def vq_encode(
   tiles = tiles or Tiles.of(codewords=size, head_dim=dim)
   tiles.check(head_dim=dim)
   width, count = _padded(dim), -(-size // tiles.codewords) * tiles.codewords
-  offset = 0.5 * jnp.sum(jnp.square(whitened), axis=-1)
   if _fault == "offset":
-    offset = jnp.zeros_like(offset)
+    offsets = jnp.zeros_like(offsets)
   # A codeword that only fills a block up is worse than every other.
-  offset = jnp.pad(offset, ((0, 0), (0, count - size)), constant_values=jnp.inf)
+  offsets = jnp.pad(offsets, ((0, 0), (0, count - size)), constant_values=jnp.inf)
   book = _split(jnp.pad(whitened, ((0, 0), (0, count - size), (0, width - dim))))
 
   def nearest(block: Array) -> Array:
     z = jnp.einsum("nkd,kde->kne", block.astype(jnp.float32), whitener, precision=_HIGHEST)
     short = -block.shape[0] % _KEYS
     z = _split(jnp.pad(z, ((0, 0), (0, short), (0, width - dim))))
-    codes = _kernel(z, book, offset, tiles, interpret, _fault)
+    codes = _kernel(z, book, offsets, tiles, interpret, _fault)
     return codes[:, : block.shape[0]].T.astype(jnp.uint16)
 
   whole = n // tiles.keys * tiles.keys
@@ -166,7 +169,7 @@ def _split(x: Float[Array, "K n D"]) -> Float[Array, "3 K n D"]:
 def _kernel(
   z: Float[Array, "3 K n W"],
   book: Float[Array, "3 K C W"],
-  offset: Float[Array, "K C"],
+  offsets: Float[Array, "K C"],
   tiles: Tiles,
   interpret: Any,
   fault: _Fault | None,
@@ -190,12 +193,12 @@ def _kernel(
     compiler_params=mosaic_gpu.LANES,
     interpret=interpret,
   )
-  return run(z, book, offset)
+  return run(z, book, offsets)
 
 
 def _body(*refs: Any, tiles: Tiles, fault: _Fault | None) -> None:
   """One CTA: 64 keys of one KV head against all codewords."""
-  z, book, offset, codes, keys, words, keys_ready, ready = refs
+  z, book, offsets, codes, keys, words, keys_ready, ready = refs
   tile, head = jax.lax.axis_index("keys"), jax.lax.axis_index("head")
   size, stages = tiles.codewords, tiles.stages
   blocks = book.shape[2] // size - int(fault == "last block")
@@ -221,7 +224,7 @@ def _body(*refs: Any, tiles: Tiles, fault: _Fault | None) -> None:
   def step(block, carry):
     top, code = carry
     slot = jax.lax.rem(block, stages)
-    half = offset.at[head, pl.ds(block * size, size)]
+    half = offsets.at[head, pl.ds(block * size, size)]
     half = plgpu.load(half, layout=by_word, optimized=False)
     if fault != "wait":
       plgpu.barrier_wait(ready.at[slot])

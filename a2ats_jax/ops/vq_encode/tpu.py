@@ -30,12 +30,14 @@ class _Mutation(enum.Enum):
   OFF_BY_ONE = "codes are numbered from one"
 
 
-def hindrances(backend: str, keys: Array, whitener: Array, whitened: Array) -> list[str]:
+def hindrances(
+  backend: str, keys: Array, whitener: Array, whitened: Array, offsets: Array
+) -> list[str]:
   """Why the kernel cannot encode these, a sentence each; empty where it can.
 
   Args:
     backend: by JAX's name.
-    keys, whitener, whitened: as in :func:`vq_encode`.
+    keys, whitener, whitened, offsets: as in the op.
   """
   reasons = [] if backend == "tpu" else [f"it needs a TPU, and the backend is {backend}"]
   dim = keys.shape[2]
