@@ -156,8 +156,10 @@ def cases(layer: LayerCase, family: Family, *, interpret: bool = False) -> list[
   found.append(_encode(layer, family, how, layer.keys))
   if family == "tpu":
     found.append(_encode(layer, family, how, layer.batch))  # on a GPU a step has too few
-    tokens = layer.fetched * layer.page
-    found += [_lookup(layer, how, places) for places in (layer.edges, tokens)]  # not on a GPU
+    found += [  # not on a GPU
+      _lookup(layer, how, layer.batch * layer.kv_heads, layer.edges),
+      _lookup(layer, how, layer.blocks, layer.fetched * layer.page),
+    ]
   if family == "tpu" or not interpret:  # the GPU interpreter takes no array of host memory
     found.append(_fetch(layer, family, how, host=True))
   return found
@@ -353,10 +355,10 @@ def _encode(layer: LayerCase, family: Family, how: dict[str, Any], n: int) -> Ke
   )
 
 
-def _lookup(layer: LayerCase, how: dict[str, Any], count: int) -> KernelCase:
+def _lookup(layer: LayerCase, how: dict[str, Any], heads: int, count: int) -> KernelCase:
   """What is taken of the cells of so many pages or tokens, mostly in the order of cells."""
   rng = np.random.default_rng(3)
-  heads, numbers = layer.batch * layer.kv_heads, layer.cells
+  numbers = layer.cells
   tables = rng.integers(0, 1 << 20, (heads, numbers), dtype=np.int32)
   places = np.sort(rng.integers(0, numbers, (heads, count), dtype=np.int32), axis=-1)
   chosen = LookupTiles.of(numbers=numbers)

@@ -61,7 +61,7 @@ def test_a_shape_that_two_batches_share_is_tried_once(monkeypatch):
     return []
 
   monkeypatch.setattr(tune, "_try", note)
-  layers = [dataclasses.replace(tune.SMALLEST, batch=b) for b in (1, 2)]
+  layers = [dataclasses.replace(tune.SMALLEST, batch=b, blocks=2 * b) for b in (1, 2)]
   tune.run(layers, "gpu", rounds=1, repeat=1)
   assert sorted(tried) == [*["page_fetch"] * 4, *["paged_decode"] * 4, "vq_encode"]
 

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from a2ats_jax import attention, store
@@ -40,9 +40,10 @@ def test_a_stage_is_a_sixth_of_what_is_needed(need, heads, pages, most, want):
 B, K, G, N, P, D = 2, 3, 2, 11, 2, 4
 
 
+@settings(max_examples=30, deadline=None)
 @given(
   counts=st.lists(st.integers(0, N), min_size=B * K, max_size=B * K),
-  stage=st.builds(Stage, st.integers(1, 5), st.integers(1, N)),
+  stage=st.sampled_from([Stage(1, 1), Stage(2, 4), Stage(5, 3), Stage(3, N), Stage(9, 8)]),
   seed=st.integers(0, 9),
 )
 def test_every_page_that_counts_is_attended_once(counts, stage, seed):
