@@ -27,12 +27,13 @@ from a2ats_jax.typing import Array, Bool, Float, Int
 
 NEVER = 2**31 - 1  # a rank that no token has
 _TRIANGLE = 64  # numbers that are summed up at once
+_WORD = 16  # marks that are put in one number, exact in float32
 _FIRST = 12  # halvings before it is worth asking how many cells are left
 
 
 @partial(
   jax.tree_util.register_dataclass,
-  data_fields=["counts", "cells", "ranks", "first", "skip", "last", "begun"],
+  data_fields=["counts", "cells", "ranks", "skip", "last", "begun"],
   meta_fields=["page", "slots"],
 )
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +42,7 @@ class CodeIndex:
 
   Invariants: ``counts[c]`` is the number of slots with cell c, and their ranks are 0, 1, ... in the
   order of the tokens' positions. An empty slot has the cell after the last. The first pages, those
-  that ``first``, ``skip`` and ``last`` describe, are sorted by (cell, rank), empty slots last.
+  that ``skip`` and ``last`` describe, are sorted by (cell, rank), empty slots last.
   Of a sequence that is split over devices, counts and ranks are of the tokens of all devices and
   the slots those of this one: so each device cuts alike, and reads what it holds of the cut.
 
@@ -50,8 +51,11 @@ class CodeIndex:
     cells: the cell of the token in every slot, page by page, in rows of 128 slots
       (:func:`rows_of`): a TPU would fill up rows of P. Slots past the last are empty.
     ranks: its place among the tokens of its cell.
-    first, skip, last: of every sorted page, the cell and the rank of its first slot, and the cell
-      of its last one. No page is sorted in order of arrival.
+    skip: of every sorted page, the rank of its first slot where that goes on with the cell that
+      the page before ends with, and a rank that no token has elsewhere. No page is sorted in order
+      of arrival.
+    last: of every sorted page, the last cell with a token in it or in a page before; cell 0 where
+      there is none.
     begun: of a split sequence, the rank of the first token of every cell in the sorted pages of
       this device, and a rank that no token has for a cell without any. Without elements otherwise.
     page: P, slots a page.
@@ -61,7 +65,6 @@ class CodeIndex:
   counts: Int[Array, "*L B K cells"]
   cells: Int[Array, "*L B K rows 128"]
   ranks: Int[Array, "*L B K rows 128"]
-  first: Int[Array, "*L B K sorted"]
   skip: Int[Array, "*L B K sorted"]
   last: Int[Array, "*L B K sorted"]
   begun: Int[Array, "*L B K begun"]
@@ -114,9 +117,8 @@ def empty(
     counts=jnp.zeros((*lead, count), jnp.int32),
     cells=jnp.full(every, count, jnp.int32),
     ranks=jnp.zeros(every, jnp.int32),
-    first=jnp.full(pages, count, jnp.int32),
-    skip=jnp.zeros(pages, jnp.int32),
-    last=jnp.full(pages, count, jnp.int32),
+    skip=jnp.full(pages, NEVER, jnp.int32),
+    last=jnp.zeros(pages, jnp.int32),
     begun=jnp.full((*lead, 0 if split.axis is None else count), NEVER, jnp.int32),
     page=page,
     slots=slots,
@@ -179,13 +181,17 @@ def build(
   in_slot = jnp.pad(in_slot, more, constant_values=count)
   ranks = jnp.pad(ranks, more)
   end = -(-t // page) * page if order == "cell" else 0
+  first = in_slot[..., :end:page]
+  ends = jnp.roll(in_slot[..., page - 1 : end : page], 1, axis=-1)
+  later = jax.lax.broadcasted_iota(jnp.int32, first.shape, 2) > 0
+  goes_on = later & (first == ends) & (first < count)
+  largest = jnp.max(jnp.where(in_slot < count, in_slot, 0), axis=-1, keepdims=True)
   index = CodeIndex(
     counts=counts,
     cells=in_slot.reshape(b, kv_heads, rows, LANES),
     ranks=ranks.reshape(b, kv_heads, rows, LANES),
-    first=in_slot[..., :end:page],
-    skip=ranks[..., :end:page],
-    last=in_slot[..., page - 1 : end : page],
+    skip=jnp.where(goes_on, ranks[..., :end:page], NEVER),
+    last=jnp.minimum(in_slot[..., page - 1 : end : page], largest),
     begun=begun,
     page=page,
     slots=slots,
@@ -260,6 +266,34 @@ def _running(x: Float[Array, "*rows n"]) -> Float[Array, "*rows n"]:
   first = jax.lax.broadcasted_iota(jnp.int32, x.shape, x.ndim - 1) == 0
   sums = _running(jnp.where(first, x + before[..., None], x))
   return sums.reshape(*x.shape[:-2], blocks * _TRIANGLE)[..., :n]
+
+
+def _whole_words(marks: Bool[Array, "*rows n"]) -> Bool[Array, "*rows whole"]:
+  """Marks, and false ones up to whole words. Not by ``pad``, at which XLA's CPU backend is slow."""
+  n = marks.shape[-1]
+  missing = max(1, -(-n // _WORD)) * _WORD - n
+  none = jnp.zeros((*marks.shape[:-1], missing), bool)
+  return jnp.concatenate([marks, none], axis=-1)
+
+
+def _upto(marks: Bool[Array, "*rows n"]) -> Int[Array, "*rows n"]:
+  """How many are true up to and with each place, fewer than 2^24.
+
+  The marks of a word are put in one number, by a product with powers of two, and those up to a
+  place are counted among its bits; only the counts of whole words are summed up.
+  """
+  n, highest = marks.shape[-1], jax.lax.Precision.HIGHEST
+  whole = _whole_words(marks).astype(jnp.float32)
+  whole = whole.reshape(*marks.shape[:-1], -1, _WORD)
+  powers = jnp.asarray([2.0**bit for bit in range(_WORD)])
+  words = jnp.dot(whole, powers, precision=highest).astype(jnp.int32)
+  many = jax.lax.population_count(words).astype(jnp.float32)
+  before = (_running(many) - many).astype(jnp.int32)
+  # Made once a word: a CPU's fusion would make them again for every place.
+  words, before = jax.lax.optimization_barrier((words, before))
+  words, before = (jnp.repeat(x, _WORD, axis=-1) for x in (words, before))
+  bit = jax.lax.broadcasted_iota(jnp.int32, words.shape, words.ndim - 1) % _WORD
+  return (before + jax.lax.population_count(words & ((2 << bit) - 1)))[..., :n]
 
 
 def cut(
@@ -413,7 +447,7 @@ def look(
 
 @partial(
   jax.tree_util.register_dataclass,
-  data_fields=["first", "skip", "last", "begun", "cells", "ranks"],
+  data_fields=["skip", "last", "begun", "cells", "ranks"],
   meta_fields=[],
 )
 @dataclasses.dataclass(frozen=True)
@@ -421,11 +455,10 @@ class PageCells:
   """What says of every page of a layer whether it holds a selected token.
 
   Attributes:
-    first, skip, last, begun: of the sorted pages, as in :class:`CodeIndex`.
+    skip, last, begun: of the sorted pages, as in :class:`CodeIndex`.
     cells, ranks: in the slots of the other pages.
   """
 
-  first: Int[Array, "B K sorted"]
   skip: Int[Array, "B K sorted"]
   last: Int[Array, "B K sorted"]
   begun: Int[Array, "B K begun"]
@@ -436,7 +469,7 @@ class PageCells:
 def page_cells(index: CodeIndex, *, layer: int | Array) -> PageCells:
   """Of one layer, from the index of all."""
   _, b, kv_heads, lines, _ = index.cells.shape
-  done = index.first.shape[3] * index.page
+  done = index.last.shape[3] * index.page
   line, skip = divmod(done, LANES)
 
   def rest(x: Array) -> Array:
@@ -447,7 +480,6 @@ def page_cells(index: CodeIndex, *, layer: int | Array) -> PageCells:
 
   return jax.lax.optimization_barrier(
     PageCells(
-      index.first[layer],
       index.skip[layer],
       index.last[layer],
       index.begun[layer],
@@ -460,32 +492,31 @@ def page_cells(index: CodeIndex, *, layer: int | Array) -> PageCells:
 def pages_of(pages: PageCells, taken: Int[Array, "B K cells"]) -> Bool[Array, "B K N"]:
   """The pages that hold a selected token.
 
-  A sorted page holds one if more of its first cell are taken than the page leaves out, or if any
-  token is taken of a cell that begins in it. Slots of the other pages are looked at one by one.
-  A cell whose every token came after the prompt would begin in some sorted page; that page is
-  marked too, unless ``begun`` tells.
+  A sorted page holds one if more of the cell that the page before ends with are taken than that
+  page and those before it hold, or if any token is taken of a cell that begins in it. Slots of the
+  other pages are looked at one by one. A cell whose every token came after the prompt would begin
+  in some sorted page; that page is marked too, unless ``begun`` tells.
   """
-  count = taken.shape[-1]
   here = taken > (pages.begun if pages.begun.shape[-1] else 0)
-  begun = _running(here.astype(jnp.float32)).astype(jnp.int32)
-  begun = jax.lax.optimization_barrier(begun)  # made once, not for every number looked up
+  # Made once each, not again for every number that is looked up or compared.
+  begun = jax.lax.optimization_barrier(_running(here.astype(jnp.float32)).astype(jnp.int32))
+  begun, many = (lookup(x, pages.last) for x in (begun, taken))
+  begun, many = jax.lax.optimization_barrier((begun, many))
 
-  def at(x: Array, cell: Array) -> Array:
-    return lookup(x, jnp.minimum(cell, count - 1))
+  def before(x: Array) -> Array:
+    return jnp.concatenate([jnp.zeros_like(x[..., :1]), x[..., :-1]], axis=-1)
 
-  goes_on = (pages.first < count) & (pages.skip < at(taken, pages.first))
-  begins = at(begun, pages.last) > at(begun, pages.first)
+  found = (before(many) > pages.skip) | (begun > before(begun))
   rest = jnp.any(selected(pages.cells, pages.ranks, taken), axis=-1)
-  return jnp.concatenate([goes_on | begins, rest], axis=-1)
+  return jnp.concatenate([found, rest], axis=-1)
 
 
 def compact(pages: Bool[Array, "B K N"]) -> tuple[Int[Array, "B K N"], Int[Array, "B K"]]:
   """The numbers of the marked pages in order, and how many; places after them hold page 0."""
   b, kv_heads, n = pages.shape
-  # Padded to whole blocks, as cutting the running sums back to n takes a CPU longer.
-  blocks = max(1, -(-n // _TRIANGLE))
-  marked = jnp.pad(pages, ((0, 0), (0, 0), (0, blocks * _TRIANGLE - n)))
-  upto = _running(marked.astype(jnp.float32)).astype(jnp.int32)
+  # Padded to whole words, as cutting the running sums back to n takes a CPU longer.
+  marked = _whole_words(pages)
+  upto = _upto(marked)
   row = jnp.arange(b * kv_heads, dtype=jnp.int32).reshape(b, kv_heads, 1)
   # Into all rows as one: with an index of three numbers a CPU takes several times as long.
   at = jnp.where(marked, row * n + upto - 1, pages.size).reshape(-1)

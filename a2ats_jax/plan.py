@@ -242,7 +242,7 @@ def paged_state(case: Case, m: Paged) -> dict[str, int]:
   a_head = {
     "cell counts": _cells(case, m) * I32,
     "cell and rank of every slot": 2 * rows_of(sum(_slots(case, m)), m.page) * LANES * I32,
-    "page edges": 3 * sorted_pages * I32,
+    "page edges": 2 * sorted_pages * I32,
     "sinks and recent tokens": 2 * (m.sinks + ring_of(m.window, m.page)) * d * case.cache_size
     + ring_of(m.window, m.page) * I32,
     "codes of later tokens": m.far.items(m.window, case.new) * I32,

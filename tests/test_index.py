@@ -110,7 +110,7 @@ def assert_pages(pages, chosen, index) -> None:
   assert np.all(pages | ~want)
   for row, head in np.ndindex(B, K):
     held = np.asarray(every_slot(index)[0])[row, head]
-    done = index.first.shape[3]
+    done = index.last.shape[3]
     later = set(held[done:].ravel().tolist()) - set(held[:done].ravel().tolist())
     assert (pages & ~want)[row, head].sum() <= len(later - {CELLS})
     assert not np.any((pages & ~want)[row, head, done:])

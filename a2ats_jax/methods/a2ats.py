@@ -235,7 +235,7 @@ class A2ATS:
 
   def own(self, state: PagedState) -> list[Array]:
     x = state.index
-    return [state.store.pages, x.cells, x.ranks, x.first, x.skip, x.last, x.begun]
+    return [state.store.pages, x.cells, x.ranks, x.skip, x.last, x.begun]
 
   def absorb(self, state: PagedState, prompt: PromptLayer, *, layer: int | Array) -> PagedState:
     b, t = prompt.keys.shape[:2]
@@ -517,7 +517,7 @@ class A2ATS:
     alone = counts.reshape(b * kv_heads, 1, size)
     held = cells.page_cells(state.index, layer=layer)
     # Pages not sealed yet are in the ring: their slots are emptied, so that none is marked.
-    number = jnp.arange(held.first.shape[2], state.index.pages, dtype=jnp.int32)
+    number = jnp.arange(held.last.shape[2], state.index.pages, dtype=jnp.int32)
     sealed = state.prompt_slots // self.page + self.split.dealt(self._full(state, now))
     there = (number[None] < sealed[:, None])[:, None, :, None]
     held = dataclasses.replace(held, cells=jnp.where(there, held.cells, size))
@@ -581,8 +581,8 @@ class A2ATS:
     size, dim, items = *state.sums.shape[3:], state.items.shape[3]
     index, word = state.index, 4  # codes, counts and sums are int32 and float32
     whole = (size + items) * dim + items  # codewords, and those of later tokens
-    whole += index.counts.shape[3] + index.begun.shape[3] + 3 * index.first.shape[3]
-    whole += 2 * (index.pages - index.first.shape[3]) * self.page
+    whole += index.counts.shape[3] + index.begun.shape[3] + 2 * index.last.shape[3]
+    whole += 2 * (index.pages - index.last.shape[3]) * self.page
     whole += size * (dim + 1) if self.tail == "centroid" else 0
     return (word * (whole + 2 * self.page * pages)).astype(jnp.float32)
 

@@ -235,8 +235,8 @@ class ClusterKV:
     selected = jnp.where(positions < 0, 0, jnp.sum(taken, axis=-1))[:, None]
     read = selected + jnp.sum(mask, axis=-1, dtype=jnp.int32)[:, None, None]
     d, index = k.shape[3], state.index
-    extra = state.centroids.shape[3] * (d * k.dtype.itemsize + 4) + 12 * index.first.shape[3]
-    later = index.pages - index.first.shape[3]  # pages that are not sorted: every slot
+    extra = state.centroids.shape[3] * (d * k.dtype.itemsize + 4) + 8 * index.last.shape[3]
+    later = index.pages - index.last.shape[3]  # pages that are not sorted: every slot
     extra = extra + 8 * self.page * (count + later)
     size = read * (2 * d * k.dtype.itemsize) + jnp.where(now[:, None] < 0, 0, extra)[:, None]
     stats = Stats(
