@@ -27,7 +27,6 @@ from a2ats_jax.typing import Array, Bool, Float, Int
 
 NEVER = 2**31 - 1  # a rank that no token has
 _TRIANGLE = 64  # numbers that are summed up at once
-_WORD = 16  # marks that are put in one number, exact in float32
 _FIRST = 12  # halvings before it is worth asking how many cells are left
 
 
@@ -268,34 +267,6 @@ def _running(x: Float[Array, "*rows n"]) -> Float[Array, "*rows n"]:
   return sums.reshape(*x.shape[:-2], blocks * _TRIANGLE)[..., :n]
 
 
-def _whole_words(marks: Bool[Array, "*rows n"]) -> Bool[Array, "*rows whole"]:
-  """Marks, and false ones up to whole words. Not by ``pad``, at which XLA's CPU backend is slow."""
-  n = marks.shape[-1]
-  missing = max(1, -(-n // _WORD)) * _WORD - n
-  none = jnp.zeros((*marks.shape[:-1], missing), bool)
-  return jnp.concatenate([marks, none], axis=-1)
-
-
-def _upto(marks: Bool[Array, "*rows n"]) -> Int[Array, "*rows n"]:
-  """How many are true up to and with each place, fewer than 2^24.
-
-  The marks of a word are put in one number, by a product with powers of two, and those up to a
-  place are counted among its bits; only the counts of whole words are summed up.
-  """
-  n, highest = marks.shape[-1], jax.lax.Precision.HIGHEST
-  whole = _whole_words(marks).astype(jnp.float32)
-  whole = whole.reshape(*marks.shape[:-1], -1, _WORD)
-  powers = jnp.asarray([2.0**bit for bit in range(_WORD)])
-  words = jnp.dot(whole, powers, precision=highest).astype(jnp.int32)
-  many = jax.lax.population_count(words).astype(jnp.float32)
-  before = (_running(many) - many).astype(jnp.int32)
-  # Made once a word: a CPU's fusion would make them again for every place.
-  words, before = jax.lax.optimization_barrier((words, before))
-  words, before = (jnp.repeat(x, _WORD, axis=-1) for x in (words, before))
-  bit = jax.lax.broadcasted_iota(jnp.int32, words.shape, words.ndim - 1) % _WORD
-  return (before + jax.lax.population_count(words & ((2 << bit) - 1)))[..., :n]
-
-
 def cut(
   scores: Float[Array, "*rows G cells"],
   counts: Int[Array, "*rows cells"],
@@ -514,9 +485,10 @@ def pages_of(pages: PageCells, taken: Int[Array, "B K cells"]) -> Bool[Array, "B
 def compact(pages: Bool[Array, "B K N"]) -> tuple[Int[Array, "B K N"], Int[Array, "B K"]]:
   """The numbers of the marked pages in order, and how many; places after them hold page 0."""
   b, kv_heads, n = pages.shape
-  # Padded to whole words, as cutting the running sums back to n takes a CPU longer.
-  marked = _whole_words(pages)
-  upto = _upto(marked)
+  # Padded to whole blocks, as cutting the running sums back to n takes a CPU longer.
+  blocks = max(1, -(-n // _TRIANGLE))
+  marked = jnp.pad(pages, ((0, 0), (0, 0), (0, blocks * _TRIANGLE - n)))
+  upto = _running(marked.astype(jnp.float32)).astype(jnp.int32)
   row = jnp.arange(b * kv_heads, dtype=jnp.int32).reshape(b, kv_heads, 1)
   # Into all rows as one: with an index of three numbers a CPU takes several times as long.
   at = jnp.where(marked, row * n + upto - 1, pages.size).reshape(-1)
