@@ -331,7 +331,7 @@ class Chosen:
 
   Attributes:
     tokens: far tokens chosen. pages: that hold them.
-    moved: pages fetched, whole stages, of all rows and KV heads of a layer.
+    moved: pages fetched, whole stages and parts of one, of all rows and KV heads of a layer.
   """
 
   tokens: float
@@ -360,8 +360,7 @@ def chosen(case: Case, m: Paged) -> Chosen:
   count = min(count, m.fetch) if m.fetch else count
   stage = _stage(case, m)
   blocks = case.batch * case.config.kv_heads * -(-count // stage.size)
-  stages = -(-blocks // stage.blocks)
-  return Chosen(tokens=tokens, pages=count, moved=stages * stage.blocks * stage.size)
+  return Chosen(tokens=tokens, pages=count, moved=stage.moved(blocks))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -115,8 +115,8 @@ def test_a_step_of_a2ats_by_hand():
   m = paged(budget=Budget(tokens=50), codewords=32, page=4, window=10, sinks=2, union=1.5)
   # 50 tokens, times 1.5 = 75; on pages, times 2 = 150, which is 38 pages of 4 (rounded up). A page
   # is 2 4 8 4 = 256 bytes. 50 tokens fill 13 pages of 4, which is a block, and 39 pages are thought
-  # to be needed: 3 blocks of each of 6 heads, a sixth of which is a stage of 3; six stages.
-  assert plan.chosen(case, m) == plan.Chosen(tokens=75.0, pages=38, moved=6 * 3 * 13)
+  # to be needed: 3 blocks of each of 6 heads, a third of which is a stage of 6; three stages.
+  assert plan.chosen(case, m) == plan.Chosen(tokens=75.0, pages=38, moved=3 * 6 * 13)
   # A stage of 2048 bytes holds a block of 8 pages, of which a head needs 5: 30 stages.
   m = dataclasses.replace(m, stage=2048)
   assert plan.chosen(case, m) == plan.Chosen(tokens=75.0, pages=38, moved=240)

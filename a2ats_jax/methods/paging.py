@@ -21,7 +21,8 @@ STAGE_BYTES = 8 << 20
 """At most, of the buffer that pages are fetched to. Chosen on a CPU, where one of twice the size is
 fresh memory at every step, up to a quarter of its time (docs/performance.md)."""
 _BLOCK = 16  # pages of a block at most
-_STAGES = 6  # that a step's pages are about to take
+_STAGES = 3  # that a step's pages are about to take
+_PART = 4  # of a stage, a part of which is fetched at a time where no whole one is left
 
 
 class Stage(NamedTuple):
@@ -35,9 +36,19 @@ class Stage(NamedTuple):
   blocks: int
   size: int
 
+  @property
+  def part(self) -> int:
+    """Blocks that are fetched at once where fewer than W are left."""
+    return -(-self.blocks // _PART)
+
+  def moved(self, blocks: int) -> int:
+    """Pages fetched where so many blocks are needed."""
+    left = blocks % self.blocks
+    return (blocks - left + -(-left // self.part) * self.part) * self.size
+
 
 class Blocks(NamedTuple):
-  """What one stage fetches.
+  """What is fetched at once.
 
   Attributes:
     heads: of every block, ``row * K + KV head``.
@@ -67,7 +78,7 @@ def needed(granted: int, per: Per, *, page: int) -> int:
 
 
 def stage_of(need: int, *, heads: int, pages: int, most: int) -> Stage:
-  """A stage of about a sixth of what is needed.
+  """A stage of about a third of what is needed.
 
   Args:
     need: pages of each KV head, see :func:`needed`.
@@ -118,8 +129,9 @@ def in_stages(
 ) -> tuple[attention.Part, Float[Array, "B K"]]:
   """What ``decode`` makes of the first ``count`` pages, merged over stages, and bytes moved.
 
-  As many stages as all pages need; the buffer holds one. Blocks that the last stage does not need
-  are fetched too, and shared out among rows and KV heads where bytes are counted.
+  The buffer holds a stage. When less than a stage is left, a quarter is fetched at a time. Blocks
+  that the last one does not need are fetched too, and shared out among rows and KV heads where
+  bytes are counted.
 
   Args:
     ids: page numbers; places from ``count`` on hold any page.
@@ -128,7 +140,7 @@ def in_stages(
     stage: its size.
     start: attention to other tokens, which the stages are merged into; nothing if not given.
   """
-  many, size = stage
+  size = stage.size
   b, kv_heads, _ = ids.shape
   heads = b * kv_heads
   rows = q.reshape(heads, 1, -1, q.shape[3])
@@ -137,10 +149,12 @@ def in_stages(
   ids = ids.reshape(heads, -1, size)
   needs = (held + size - 1) // size
   upto = jnp.cumsum(needs)
-  stages = (upto[-1] + many - 1) // many
+  stages = upto[-1] // stage.blocks
+  whole = stages * stage.blocks
+  parts = (upto[-1] - whole + stage.part - 1) // stage.part
 
-  def blocks_of(done: Array) -> Blocks:
-    number = done * many + jnp.arange(many, dtype=jnp.int32)
+  def blocks_of(first: Array, many: int) -> Blocks:
+    number = first + jnp.arange(many, dtype=jnp.int32)
     head = jnp.sum(number[:, None] >= upto[None], axis=1, dtype=jnp.int32)
     head = jnp.minimum(head, heads - 1)  # past the last block
     block = jnp.minimum(number - (upto - needs)[head], ids.shape[1] - 1)
@@ -148,8 +162,7 @@ def in_stages(
     used = (place < held[head][:, None]) & (number < upto[-1])[:, None]
     return Blocks(head, ids[head, block], used)
 
-  def step(done: Array, part: attention.Part) -> attention.Part:
-    blocks = blocks_of(done)
+  def add(part: attention.Part, blocks: Blocks) -> attention.Part:
     pages = paged.fetch_blocks(store, blocks.heads, blocks.ids, layer=layer)
     new = decode(rows[blocks.heads], pages, blocks)
     return attention.merge_rows(part, new, blocks.heads)
@@ -158,8 +171,13 @@ def in_stages(
     none = jnp.zeros((heads, 1, rows.shape[2]))
     start = attention.Part(jnp.zeros(rows.shape, jnp.float32), none - jnp.inf, none)
   part = jax.tree.map(lambda x: x.reshape(heads, 1, rows.shape[2], *x.shape[3:]), start)
-  part = jax.lax.fori_loop(0, stages, step, part)
+  part = jax.lax.fori_loop(
+    0, stages, lambda i, x: add(x, blocks_of(i * stage.blocks, stage.blocks)), part
+  )
+  part = jax.lax.fori_loop(
+    0, parts, lambda i, x: add(x, blocks_of(whole + i * stage.part, stage.part)), part
+  )
   part = jax.tree.map(lambda x: x.reshape(b, 1, q.shape[2], *x.shape[3:]), part)
-  spare = (stages * many - upto[-1]).astype(jnp.float32) / heads
+  spare = (whole + parts * stage.part - upto[-1]).astype(jnp.float32) / heads
   moved = (needs.astype(jnp.float32) + spare) * float(size * store.page_bytes)
   return part, moved.reshape(b, kv_heads)

@@ -118,14 +118,14 @@ def test_the_choice_by_shape_stays_unless_it_is_beaten_clearly(
 
 
 def test_the_shapes_are_those_of_a_step():
-  """Of 8 heads that need 192 pages each a sixth, in blocks of 16; eight rows share 8 MiB."""
+  """Of 8 heads that need 192 pages each a third, in blocks of 16; eight rows share 8 MiB."""
   options = {"T": 131072, "new": 128, "page": 16, "codewords": 1024, "dtype": "bfloat16"}
   config, budget = find_model("llama-3.1-8b"), Budget(tokens=2048, per="kv_head")
   layers = [tune.layer_of(config, batch=b, budget=budget, **options) for b in (1, 8)]
-  assert [(layer.blocks, layer.fetched) for layer in layers] == [(16, 16), (64, 16)]
+  assert [(layer.blocks, layer.fetched) for layer in layers] == [(32, 16), (64, 16)]
   assert layers[0].keys == 4096
   case = next(c for c in kernels.cases(dataclasses.replace(layers[0], pages=128), "gpu"))
-  assert case.shape == {"fetched": 256, "page": 4096, "dtype": "bfloat16", "host": False}
+  assert case.shape == {"fetched": 512, "page": 4096, "dtype": "bfloat16", "host": False}
   assert case.args[0].dtype == jnp.bfloat16
 
 

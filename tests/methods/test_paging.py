@@ -24,17 +24,25 @@ def test_pages_needed(granted, per, want):
 @pytest.mark.parametrize(
   ("need", "heads", "pages", "most", "want"),
   [
-    (192, 8, 9999, 9999, Stage(16, 16)),  # 1536 pages, a sixth is 256
+    (192, 8, 9999, 9999, Stage(32, 16)),  # 1536 pages, a third is 512
     (192, 8, 9999, 100, Stage(6, 16)),  # no more than the buffer holds
-    (27, 24, 9999, 9999, Stage(12, 9)),  # a third of what is needed is a block
-    (12, 24, 9999, 9999, Stage(6, 8)),  # but not fewer than eight
-    (192, 8, 4, 9999, Stage(2, 4)),  # nor more than there are
+    (27, 24, 9999, 9999, Stage(24, 9)),  # a third of what is needed is a block
+    (12, 24, 9999, 9999, Stage(12, 8)),  # but not fewer than eight
+    (192, 8, 4, 9999, Stage(3, 4)),  # nor more than there are
     (192, 8, 9999, 0, Stage(1, 1)),
     (0, 8, 0, 9999, Stage(1, 1)),
   ],
 )
-def test_a_stage_is_a_sixth_of_what_is_needed(need, heads, pages, most, want):
+def test_a_stage_is_a_third_of_what_is_needed(need, heads, pages, most, want):
   assert stage_of(need, heads=heads, pages=pages, most=most) == want
+
+
+@pytest.mark.parametrize(
+  ("blocks", "want"), [(0, 0), (1, 3 * 7), (3, 3 * 7), (4, 6 * 7), (10, 10 * 7), (21, 23 * 7)]
+)
+def test_less_than_a_stage_is_fetched_in_quarters(blocks, want):
+  """Ten blocks of seven pages are a stage, three of them a part."""
+  assert Stage(10, 7).moved(blocks) == want
 
 
 B, K, G, N, P, D = 2, 3, 2, 11, 2, 4
@@ -68,7 +76,7 @@ def test_every_page_that_counts_is_attended_once(counts, stage, seed):
   np.testing.assert_allclose(attention.finish(part), attention.finish(want), atol=1e-5)
   np.testing.assert_allclose(part.total, want.total, rtol=1e-5)
   blocks = sum(-(-n // stage.size) for n in counts)
-  whole = -(-blocks // stage.blocks) * stage.blocks * stage.size * held.page_bytes
+  whole = stage.moved(blocks) * held.page_bytes
   np.testing.assert_allclose(float(jnp.sum(moved)), whole, rtol=1e-5)
 
 
