@@ -135,7 +135,9 @@ def merge(parts: Sequence[Part]) -> Part:
 
 
 def merge_rows(part: Part, new: Part, rows: Int[Array, "W"]) -> Part:
-  """Every row of a part merged with what is new for it; no other row's numbers touch it.
+  """Each row of a part merged with the new rows that belong to it, and with no other.
+
+  On a GPU new rows of one row are added in no fixed order.
 
   Args:
     part: S = 1.

@@ -463,15 +463,18 @@ def page_cells(index: CodeIndex, *, layer: int | Array) -> PageCells:
 def pages_of(pages: PageCells, taken: Int[Array, "B K cells"]) -> Bool[Array, "B K N"]:
   """The pages that hold a selected token.
 
-  A sorted page holds one if more of the cell that the page before ends with are taken than that
-  page and those before it hold, or if any token is taken of a cell that begins in it. Slots of the
-  other pages are looked at one by one. A cell whose every token came after the prompt would begin
-  in some sorted page; that page is marked too, unless ``begun`` tells.
+  A sorted page holds one if it goes on with the cell that the page before ends with and more of
+  that cell are taken than lie before it, or if any token is taken of a cell that begins in it.
+  Slots of the other pages are looked at one by one.
+
+  Unless ``begun`` tells, a taken cell whose every token came after the prompt marks a sorted page
+  too: the first whose ``last`` is not below it, if there is one. That is page 0 for a cell before
+  the row's first, and for cell 0 in a row without sorted tokens.
   """
   here = taken > (pages.begun if pages.begun.shape[-1] else 0)
   # Made once each, not again for every number that is looked up or compared.
-  begun = jax.lax.optimization_barrier(_running(here.astype(jnp.float32)).astype(jnp.int32))
-  begun, many = (lookup(x, pages.last) for x in (begun, taken))
+  upto = jax.lax.optimization_barrier(_running(here.astype(jnp.float32)).astype(jnp.int32))
+  begun, many = (lookup(x, pages.last) for x in (upto, taken))
   begun, many = jax.lax.optimization_barrier((begun, many))
 
   def before(x: Array) -> Array:

@@ -331,7 +331,7 @@ class Chosen:
 
   Attributes:
     tokens: far tokens chosen. pages: that hold them.
-    moved: pages fetched, whole stages and parts of one, of all rows and KV heads of a layer.
+    moved: pages fetched, in stages and quarters of one, of all rows and KV heads of a layer.
   """
 
   tokens: float
@@ -348,8 +348,8 @@ def chosen(case: Case, m: Paged) -> Chosen:
   """Tokens granted, times the union over a group, times the spread over pages.
 
   At the first token after the prompt: ``T + 1`` tokens are cached, of which sinks and window are
-  not far. The step moves whole stages, as many as its pages need; rows and heads are taken to need
-  the same.
+  not far. The step moves whole blocks, in stages and quarters of one; rows and heads are taken to
+  need the same.
   """
   length = case.prompt + 1
   eligible = max(length - m.sinks - m.window, 0)

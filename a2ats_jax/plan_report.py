@@ -220,7 +220,7 @@ def notes(
     lines += [
       f"Method: {spec}, budget {method.budget}, {method.codewords:,} codewords.",
       f"Fetched, of a KV head in a layer: {far.tokens:,.0f} far tokens are chosen, on "
-      f"{far.pages:,} pages of {method.page}; whole stages move "
+      f"{far.pages:,} pages of {method.page}; whole stages, and quarters at the end, move "
       f"{far.moved / heads:,.0f}. Assumed: a group "
       f"chooses {shared(case, method):g} times what one head is granted (--union), and pages hold "
       f"{method.spread:g} times the tokens chosen (--spread: 2.0 was measured on SmolLM2-135M at "

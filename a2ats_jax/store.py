@@ -295,7 +295,7 @@ def fetch(store: KVStore, ids: Int[Array, "B K F"], *, layer: int | Array) -> Pa
 def fetch_blocks(
   store: KVStore, heads: Int[Array, "W"], ids: Int[Array, "W F"], *, layer: int | Array
 ) -> Pages:
-  """F pages of each of some rows and KV heads, as :func:`fetch`: of one KV head in each of W rows.
+  """F pages of each of W blocks, as :func:`fetch` gives those of W rows with one KV head.
 
   Args:
     heads: ``row * K + KV head``, in any order and any number of times.

@@ -37,7 +37,8 @@ class LayerCase:
   Attributes:
     heads: H. kv_heads: K. head_dim: D. codewords: C. page: P, tokens a page. batch: B.
     pages: N, of a row and KV head.
-    blocks: W, fetched at once, each of one row and KV head. fetched: F, pages of a block.
+    blocks: W, fetched at once, each of one row and KV head; the quarters of a stage that a step
+      may end with take the choice by shape. fetched: F, pages of a block.
     near: pages of sinks and ring, of ``near_page`` tokens, attended with the tail.
     cells: of a KV head under eight segments, and looked up for so many ``edges``, the pages of the
       prompt.

@@ -14,7 +14,7 @@ from eval.options import Case
 from eval.results import Row
 from eval.timing import Tick, interleaved
 
-CALLS = 2  # steps of a variant in a round, the last of them timed: a step follows another
+CALLS = 3  # steps of a variant in a round, the last of them timed: a step follows another
 Step = Callable[[State, tuple[Array, ...]], tuple[Array, State, Any]]
 
 

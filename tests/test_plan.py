@@ -590,7 +590,8 @@ def test_the_command_prints_rows(capfd):
   assert (full["method"], full["batch"], full["T"], full["device"]) == ("full", 2, 32768, "h200")
   # 2 32 8 (32768 + 128) 128 numbers of 2 bytes, 2 rows; the same in pages of the host.
   assert full["cache_bytes"] == row["host_bytes"] == 2 * 2 * 32 * 8 * 32896 * 128 * 2
-  # 1024 tokens on twice as many slots: 128 pages of 8192 bytes, four stages of 1024 / 16 / 2.
+  # 1024 tokens on twice as many slots: 128 pages of 8192 bytes, 8 blocks of
+  # each of 16 heads; 32 blocks are a stage.
   assert (row["pages"], row["moved_bytes"]) == (128, 2 * 32 * 8 * 128 * 8192)
   assert row["budget"] == "1024/kv"
   assert "tail=centroid" in row["options"]

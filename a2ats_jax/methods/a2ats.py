@@ -12,9 +12,9 @@ A token joins the index when it leaves the window and is read from the ring unti
 then the page is sealed, written as one block. Tokens that follow the prompt lie in order of
 arrival.
 
-Pages are fetched a stage at a time into a buffer whose size is fixed, for as many stages as the
-KV head with the most pages needs: device memory does not grow with the budget, and nothing granted
-is left out unless ``fetch`` says so.
+Pages are fetched a stage at a time into a buffer whose size is fixed, blocks of whichever row and
+KV head needs them (:mod:`a2ats_jax.methods.paging`): device memory does not grow with the budget,
+and nothing granted is left out unless ``fetch`` says so.
 """
 
 import dataclasses
@@ -50,7 +50,7 @@ from a2ats_jax.typing import Array, Float, Int
 )
 @dataclasses.dataclass(frozen=True)
 class PageStats(Stats):
-  """What a step read; ``moved`` counts whole stages.
+  """What a step read; ``moved`` counts whole blocks, and a share of those fetched in vain.
 
   Attributes:
     pages: pages that hold a chosen token.
@@ -132,8 +132,7 @@ class A2ATS:
     fetch: pages a KV head may fetch in a step; 0 leaves it to the budget, so that nothing is ever
       dropped. Where the granted tokens need more, every query head of the KV head gives up its
       lowest-scoring tokens until they fit, and the statistics say how many.
-    stage: bytes at most of the device buffer that pages are fetched to, but at least a page for
-      every row and KV head.
+    stage: bytes at most of the device buffer that pages are fetched to, but at least a page.
     order: of the prompt's tokens in pages; the output is the same.
     placement: of the pages.
     bits: of a number in a page, 2, 4 or 8, so that fetching moves that much less; 16 keeps numbers

@@ -22,7 +22,7 @@ STAGE_BYTES = 8 << 20
 fresh memory at every step, up to a quarter of its time (docs/performance.md)."""
 _BLOCK = 16  # pages of a block at most
 _STAGES = 3  # that a step's pages are about to take
-_PART = 4  # of a stage, a part of which is fetched at a time where no whole one is left
+_PARTS = 4  # of a stage, fetched one at a time where less than a stage is left
 
 
 class Stage(NamedTuple):
@@ -39,7 +39,7 @@ class Stage(NamedTuple):
   @property
   def part(self) -> int:
     """Blocks that are fetched at once where fewer than W are left."""
-    return -(-self.blocks // _PART)
+    return max(1, self.blocks // _PARTS)
 
   def moved(self, blocks: int) -> int:
     """Pages fetched where so many blocks are needed."""
@@ -78,7 +78,7 @@ def needed(granted: int, per: Per, *, page: int) -> int:
 
 
 def stage_of(need: int, *, heads: int, pages: int, most: int) -> Stage:
-  """A stage of about a third of what is needed.
+  """About a third of what is needed, in blocks of eight to sixteen pages if there are as many.
 
   Args:
     need: pages of each KV head, see :func:`needed`.
@@ -86,7 +86,7 @@ def stage_of(need: int, *, heads: int, pages: int, most: int) -> Stage:
     pages: that each has, N.
     most: pages in the buffer.
   """
-  block = max(1, min(max(need // 3, _BLOCK // 2), _BLOCK, pages, most))
+  block = max(1, min(max(need // _STAGES, _BLOCK // 2), _BLOCK, pages, most))
   blocks = -(-heads * min(need, pages) // (_STAGES * block))
   return Stage(max(1, min(blocks, most // block)), block)
 
@@ -129,13 +129,14 @@ def in_stages(
 ) -> tuple[attention.Part, Float[Array, "B K"]]:
   """What ``decode`` makes of the first ``count`` pages, merged over stages, and bytes moved.
 
-  The buffer holds a stage. When less than a stage is left, a quarter is fetched at a time. Blocks
-  that the last one does not need are fetched too, and shared out among rows and KV heads where
-  bytes are counted.
+  The buffer holds a stage. Where less than a stage is left, a quarter is fetched at a time. What
+  the last quarter holds beyond the blocks needed is fetched too, and its bytes are shared out among
+  rows and KV heads. Which blocks meet in a stage depends on all rows, so that sums of a row may
+  round otherwise beside other rows.
 
   Args:
     ids: page numbers; places from ``count`` on hold any page.
-    decode: attention over the pages of one stage, given as those of one KV head in each of W rows,
+    decode: attention over pages fetched together, given as those of one KV head in each of W rows,
       as the queries are: the queries of each block's KV head, its pages, and which these are.
     stage: its size.
     start: attention to other tokens, which the stages are merged into; nothing if not given.

@@ -64,8 +64,10 @@ class Case(NamedTuple):
     # One token is coded without a kernel: a block of vq_encode is 64 keys.
     if self.kernel == "open_store":
       return ()
-    if self.kernel == "a2ats_step":  # near tokens with the tail, and fetched pages
-      return ("page_fetch", "paged_decode", "paged_decode")
+    if (
+      self.kernel == "a2ats_step"
+    ):  # near tokens with the tail; pages by stages and by parts of one
+      return ("page_fetch", "paged_decode") * 2 + ("paged_decode",)
     return ("page_fetch", "paged_decode") if self.kernel == "decode_step" else (self.kernel,)
 
   @property

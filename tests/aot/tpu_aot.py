@@ -166,7 +166,7 @@ def _with_tail(
 
 
 def _stages(pages: jax.Array, q: jax.Array, ids: jax.Array, mask: jax.Array, count: jax.Array):
-  """As a decode step does it: as many stages as needed, from one flat array of all layers."""
+  """Fetch and attention as many times as told, from one flat array of all layers."""
   flat = jax.device_put(pages, HOST).reshape(-1, LLAMA.rows, 128)
 
   def step(i: jax.Array, part: attention.Part) -> attention.Part:
@@ -257,8 +257,8 @@ def _step(tokens: int, whole: bool = False) -> Program:
   return Program(
     run,
     (pages, *shapes, *heads, Input((B, 1), jnp.int32)),
-    # Two of attention: near tokens with the tail, and fetched pages.
-    (*KERNELS, "paged_decode"),
+    # Attention to near tokens with the tail; pages fetched and attended to by stages and by parts.
+    (*KERNELS, "page_fetch", "paged_decode", "paged_decode"),
     temp=32 << 20,  # whatever the store holds, see _growth
     in_place=True,
     state=True,

@@ -180,7 +180,7 @@ def test_a_bad_row_stays_alone():
 
 
 def test_stages_do_not_change_the_output():
-  """One page at a time, or many; bytes moved are whole stages."""
+  """One page at a time, or many; bytes moved are of stages and quarters of one."""
   cache = cases.draw_cache(LONG, seed=9, lengths=[40, 38, 25])
   options = OPTIONS["everything"]
   whole = A2ATS(codebook=cache.book, page=4, **options)

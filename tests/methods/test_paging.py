@@ -11,6 +11,7 @@ from a2ats_jax import attention, store
 from a2ats_jax.methods import paging
 from a2ats_jax.methods.paging import Stage, needed, stage_of
 from a2ats_jax.ops.paged_decode import paged_decode
+from a2ats_jax.ops.pages import FloatPages
 
 
 @pytest.mark.parametrize(
@@ -38,10 +39,10 @@ def test_a_stage_is_a_third_of_what_is_needed(need, heads, pages, most, want):
 
 
 @pytest.mark.parametrize(
-  ("blocks", "want"), [(0, 0), (1, 3 * 7), (3, 3 * 7), (4, 6 * 7), (10, 10 * 7), (21, 23 * 7)]
+  ("blocks", "want"), [(0, 0), (1, 2 * 7), (2, 2 * 7), (3, 4 * 7), (10, 10 * 7), (21, 22 * 7)]
 )
 def test_less_than_a_stage_is_fetched_in_quarters(blocks, want):
-  """Ten blocks of seven pages are a stage, three of them a part."""
+  """Ten blocks of seven pages are a stage, two of them a part."""
   assert Stage(10, 7).moved(blocks) == want
 
 
@@ -55,24 +56,30 @@ B, K, G, N, P, D = 2, 3, 2, 11, 2, 4
   seed=st.integers(0, 9),
 )
 def test_every_page_that_counts_is_attended_once(counts, stage, seed):
-  """Against attention over a KV head's pages at once; bytes are of whole stages."""
+  """Against attention over a KV head's pages at once; bytes are of stages and quarters of one.
+
+  Which tokens count differs from page to page, as a block is told whose pages it has.
+  """
   rng = np.random.default_rng(seed)
   held = store.open_store(
-    layers=1, batch=B, kv_heads=K, head_dim=D, slots=N * P, page=P, dtype="float32"
+    layers=2, batch=B, kv_heads=K, head_dim=D, slots=N * P, page=P, dtype="float32"
   )
   k, v = (jnp.asarray(rng.normal(size=(B, K, N * P, D)), jnp.float32) for _ in range(2))
-  held = store.write_prompt(held, k, v, layer=0)
+  held = store.write_prompt(held, k, v, layer=1)
+  picked = jnp.asarray(rng.random((B * K, N, P)) < 0.7)
   ids = jnp.asarray(rng.permuted(np.tile(np.arange(N), (B, K, 1)), axis=2), jnp.int32)
   count = jnp.asarray(counts, jnp.int32).reshape(B, K)
   q = jnp.asarray(rng.normal(size=(B, 1, K * G, D)), jnp.float32)
 
-  def every(blocks):
-    return jnp.ones((*blocks.ids[:, None].shape, P), bool)
+  def chosen(blocks):
+    return picked[blocks.heads[:, None], blocks.ids][:, None]
 
-  part, moved = paging.attend_pages(held, q, ids, count, every, stage=stage, layer=0)
+  k, v = (jnp.asarray(rng.normal(size=(B, K, 1, P, D)), jnp.float32) for _ in range(2))
+  near = paged_decode(q, FloatPages(k, v), jnp.ones((B, K, 1, P), bool))
+  part, moved = paging.attend_pages(held, q, ids, count, chosen, stage=stage, layer=1, start=near)
   seen = jnp.arange(N, dtype=jnp.int32)[None, None] < count[..., None]
-  mask = jnp.broadcast_to(seen[..., None], (B, K, N, P))
-  want = paged_decode(q, store.fetch(held, ids, layer=0), mask)
+  mask = jnp.take_along_axis(picked.reshape(B, K, N, P), ids[..., None], axis=2) & seen[..., None]
+  want = attention.merge([near, paged_decode(q, store.fetch(held, ids, layer=1), mask)])
   np.testing.assert_allclose(attention.finish(part), attention.finish(want), atol=1e-5)
   np.testing.assert_allclose(part.total, want.total, rtol=1e-5)
   blocks = sum(-(-n // stage.size) for n in counts)

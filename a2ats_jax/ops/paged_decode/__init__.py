@@ -81,7 +81,7 @@ def paged_decode(
   Args:
     q: rotated, any float dtype; scaled by ``1/sqrt(D)`` here.
     pages: F pages of P tokens for every row and KV head, keys rotated, as
-      :func:`a2ats_jax.store.fetch` brings them.
+      :func:`a2ats_jax.store.fetch` and ``fetch_blocks`` bring them.
     mask: tokens that count; none at all is allowed. The others' keys and values must be finite.
     tail: an estimate of other keys, which joins the same softmax; finite sums and weights.
     implementation: by name, or ``auto``.
