@@ -366,3 +366,24 @@ def test_wrong_cuts_are_caught(wrong):
   chosen = cell_index.selected(*every_slot(index), taken)
   got = in_slots(np.asarray(chosen).reshape(B, K, SLOTS), token, eligible)
   assert not np.array_equal(got, reference(cells, scores, eligible, 4))
+
+
+@pytest.mark.parametrize(
+  ("eligible", "cell", "marked"),
+  [
+    (True, 0, [0]),  # before the row's first cell
+    (True, 3, [1]),  # between the last cells of two pages
+    (True, 7, []),  # after the last
+    (False, 0, [0]),  # in a row without sorted tokens
+    (False, 3, []),
+  ],
+)
+def test_pages_that_a_cell_without_sorted_tokens_marks(eligible, cell, marked):
+  """Cells 2 2 2 2, 5 5 6 6 on two pages of four, or none; one later token is chosen, on page 2."""
+  cells = jnp.asarray([2, 2, 2, 2, 5, 5, 6, 6], jnp.int32)[None, None]
+  index, _ = cell_index.build(cells, jnp.full((1, 8), eligible), count=8, slots=12, page=4)
+  index = jax.tree.map(lambda x: x[None], index)
+  index = append(index, jnp.asarray([[cell]], jnp.int32), jnp.asarray([8], jnp.int32))
+  taken = jnp.zeros((1, 1, 8), jnp.int32).at[0, 0, cell].set(1)
+  pages = cell_index.pages_of(cell_index.page_cells(index, layer=0), taken)
+  assert np.flatnonzero(pages).tolist() == [*marked, 2]

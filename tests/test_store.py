@@ -43,6 +43,10 @@ def test_fetch_gives_what_was_written(placement):
     tokens = np.concatenate([np.arange(4) + 4 * page for page in ids[row, head]])
     np.testing.assert_array_equal(got_k[row, head].reshape(-1, 4), k[row, head, tokens])
     np.testing.assert_array_equal(got_v[row, head].reshape(-1, 4), v[row, head, tokens])
+  heads = jnp.asarray([2, 0, 2], jnp.int32)  # row 1's first KV head twice, and row 0's
+  blocks = paged.fetch_blocks(store, heads, ids.reshape(4, 2)[heads], layer=1)
+  for block, every in zip(blocks, (got_k, got_v), strict=True):
+    np.testing.assert_array_equal(block[:, 0], every.reshape(4, *every.shape[2:])[heads])
   other = jax.jit(lambda s, i: paged.fetch(s, i, layer=2))(store, ids)
   assert not np.any(other[0])
 

@@ -615,7 +615,8 @@ class A2ATS:
     number = jnp.repeat(number, kv_heads)[:, None]
     heads = jnp.arange(b * kv_heads, dtype=jnp.int32)
     slots = cells.look(state.index, heads, number, layer=layer)
-    chosen = cells.selected(*(x.reshape(b, kv_heads, page) for x in slots), taken)
+    cell, rank = (x.reshape(b, kv_heads, page) for x in slots)
+    chosen = cells.selected(cell, rank, taken)
     item = held - (state.prompt - self.window + full * page)[:, None]
     inside = (item >= 0) & (held <= (now - self.window)[:, None])
     item = jnp.broadcast_to(jnp.clip(item, 0, page - 1)[:, None], (b, kv_heads, ring))
