@@ -39,7 +39,7 @@ from tests.lowered import collectives, lower_step
 
 TOPOLOGIES = {"v5e:2x2": Cut(1, 4), "v5p:2x2x2": Cut(2, 4)}
 TOKENS = (8 << 10, 128 << 10)
-KERNELS = ("page_fetch", "page_write", "paged_decode", "paged_decode", "vq_encode", "lookup")
+KERNELS = ("page_fetch", "paged_decode") * 2 + ("page_write", "paged_decode", "vq_encode", "lookup")
 METHOD = plan.Paged(
   budget=Budget(tokens=2048, per="kv_head"),
   codewords=1024,
