@@ -293,11 +293,11 @@ def test_rows_hold_the_designs_keys(rows):
 
 def test_bytes_are_those_of_the_arrays(rows):
   full, dot, paged, _ = rows
-  new = 5 * 2 * 2  # three rounds to warm up and two timed, two calls each, of two budgets
+  new = 5 * 3 * 2  # three rounds to warm up and two timed, three calls each, of two budgets
   assert full["device_bytes"] == 2 * 2 * (64 + new) * 8 * 4
   assert dot["device_bytes"] == 2 * 2 * 64 * 8 * 4
   assert full["moved_bytes"] == dot["moved_bytes"] == 0
-  assert paged["host_bytes"] == 2 * 2 * (64 + 20) * 8 * 4  # whole pages of 4
+  assert paged["host_bytes"] == 2 * 2 * (64 + 32) * 8 * 4  # whole pages of 4
 
 
 def test_tables_and_plots_take_the_rows(rows, tmp_path, monkeypatch):
@@ -385,7 +385,7 @@ def test_a_models_rows(tmp_path):
   assert three["selected"] == pytest.approx(one["selected"])
   assert three["pages"] == one["pages"]
   assert (tmp_path / "speed.png").exists()
-  with pytest.raises(UserError, match="2045 tokens and 20 timed ones exceed the model"):
+  with pytest.raises(UserError, match="2045 tokens and 30 timed ones exceed the model"):
     run_model(tiny.model(), _options(what="model", T=(2045,)), tiny.prose(), codebooks=books)
   with pytest.raises(UserError, match="--codebook"):
     run_model(tiny.model(), _options(what="model"), tiny.prose())

@@ -160,7 +160,9 @@ def test_padding_is_neither_stored_nor_attended():
   want, _, _, _ = run(positions=jnp.asarray(positions))
   out, after, stats, _ = run(positions=jnp.asarray(idle))
   np.testing.assert_array_equal(out[1], 0)
-  np.testing.assert_array_equal(out[jnp.asarray([0, 2])], want[jnp.asarray([0, 2])])
+  # Which blocks of pages meet in a stage depends on all rows, so sums may round otherwise.
+  others = jnp.asarray([0, 2])
+  np.testing.assert_allclose(out[others], want[others], atol=1e-6, rtol=0)
   assert all(not np.any(np.asarray(x)[1]) for x in jax.tree.leaves(stats))
   for name in ("store", "index", "near", "codes", "items", "sums", "members"):
     pairs = zip(jax.tree.leaves(getattr(state, name)), jax.tree.leaves(getattr(after, name)))
