@@ -23,25 +23,25 @@ from a2ats_jax.ops.lookup import lookup
 from a2ats_jax.ops.slot_fetch import slot_fetch
 from a2ats_jax.ops.tiles import LANES, SUBLANES
 from a2ats_jax.split import WHOLE, Split
-from a2ats_jax.typing import Array, Bool, Float, Int
+from a2ats_jax.typing import Array, Bool, Float, Int, Shaped
 
 NEVER = 2**31 - 1  # a rank that no token has
-_TRIANGLE = 64  # numbers that are summed up at once
+_PARTS = 8  # of an axis, added up side by side
 _FIRST = 12  # halvings before it is worth asking how many cells are left
 
 
 @partial(
   jax.tree_util.register_dataclass,
-  data_fields=["counts", "cells", "ranks", "skip", "last", "begun"],
-  meta_fields=["page", "slots"],
+  data_fields=["counts", "cells", "ranks", "begins", "begun", "before", "skip"],
+  meta_fields=["page", "slots", "sorted"],
 )
 @dataclasses.dataclass(frozen=True)
 class CodeIndex:
   """The far tokens of one layer, or (leading axis L) of all, by cell.
 
   Invariants: ``counts[c]`` is the number of slots with cell c, and their ranks are 0, 1, ... in the
-  order of the tokens' positions. An empty slot has the cell after the last. The first pages, those
-  that ``skip`` and ``last`` describe, are sorted by (cell, rank), empty slots last.
+  order of the tokens' positions. An empty slot has the cell after the last. The first pages are
+  sorted by (cell, rank), empty slots last.
   Of a sequence that is split over devices, counts and ranks are of the tokens of all devices and
   the slots those of this one: so each device cuts alike, and reads what it holds of the cut.
 
@@ -50,25 +50,29 @@ class CodeIndex:
     cells: the cell of the token in every slot, page by page, in rows of 128 slots
       (:func:`rows_of`): a TPU would fill up rows of P. Slots past the last are empty.
     ranks: its place among the tokens of its cell.
-    skip: of every sorted page, the rank of its first slot where that goes on with the cell that
-      the page before ends with, and a rank that no token has elsewhere. No page is sorted in order
-      of arrival.
-    last: of every sorted page, the last cell with a token in it or in a page before; cell 0 where
-      there is none.
-    begun: of a split sequence, the rank of the first token of every cell in the sorted pages of
-      this device, and a rank that no token has for a cell without any. Without elements otherwise.
+    begins: the place of the page with the first sorted token of every cell, and past the last place
+      for a cell without any. Sorted pages have places in eight parts, one page of eight in each
+      (:func:`_place_of`), so that running sums over pages are sums of parts.
+    begun: of a split sequence, the rank of that token. Without elements otherwise.
+    before: of the page in every place, the last cell of the page before; cell 0 where ``skip`` says
+      nothing.
+    skip: how many tokens of that cell lie before the page, and a number that none has where the
+      page begins with another. No page is sorted in order of arrival.
     page: P, slots a page.
     slots: of every row and KV head, whole pages.
+    sorted: of the pages, the first so many. None in order of arrival.
   """
 
   counts: Int[Array, "*L B K cells"]
   cells: Int[Array, "*L B K rows 128"]
   ranks: Int[Array, "*L B K rows 128"]
-  skip: Int[Array, "*L B K sorted"]
-  last: Int[Array, "*L B K sorted"]
+  begins: Int[Array, "*L B K cells"]
   begun: Int[Array, "*L B K begun"]
+  before: Int[Array, "*L B K places"]
+  skip: Int[Array, "*L B K places"]
   page: int
   slots: int
+  sorted: int
 
   @property
   def pages(self) -> int:
@@ -88,6 +92,16 @@ def rows_of(slots: int, page: int) -> int:
   """
   unit = math.lcm(LANES, page) if LANES % page else SUBLANES * LANES
   return -(-slots // unit) * unit // LANES
+
+
+def _places(pages: int) -> int:
+  """Places of so many sorted pages: whole eights."""
+  return max(1, -(-pages // _PARTS)) * _PARTS
+
+
+def _place_of(page: Int[Array, "*shape"], places: int) -> Int[Array, "*shape"]:
+  """Where a sorted page stands: page ``8 i + j`` in place i of part j."""
+  return page % _PARTS * (places // _PARTS) + page // _PARTS
 
 
 def empty(
@@ -110,17 +124,19 @@ def empty(
     prompt: the first slots, a multiple of ``page`` too, which :func:`build` fills in ``order``.
     split: how the sequence lies on devices; slots are those of one.
   """
-  pages = (*lead, prompt // page if order == "cell" else 0)
-  every = (*lead, rows_of(slots, page), LANES)
+  ordered = prompt // page if order == "cell" else 0
+  every, places = (*lead, rows_of(slots, page), LANES), (*lead, _places(ordered))
   return CodeIndex(
     counts=jnp.zeros((*lead, count), jnp.int32),
     cells=jnp.full(every, count, jnp.int32),
     ranks=jnp.zeros(every, jnp.int32),
-    skip=jnp.full(pages, NEVER, jnp.int32),
-    last=jnp.zeros(pages, jnp.int32),
-    begun=jnp.full((*lead, 0 if split.axis is None else count), NEVER, jnp.int32),
+    begins=jnp.full((*lead, count), NEVER, jnp.int32),
+    begun=jnp.zeros((*lead, 0 if split.axis is None else count), jnp.int32),
+    before=jnp.zeros(places, jnp.int32),
+    skip=jnp.full(places, NEVER, jnp.int32),
     page=page,
     slots=slots,
+    sorted=ordered,
   )
 
 
@@ -170,30 +186,39 @@ def build(
     ranks = jnp.take_along_axis(jnp.take_along_axis(sorted_ranks, back, axis=-1), token, axis=-1)
   rows = rows_of(slots, page)
   more = ((0, 0), (0, 0), (0, rows * LANES - t))
+  ordered = -(-t // page) if order == "cell" else 0
+  places = _places(ordered)
+  begins = jnp.where((counts > 0) & (order == "cell"), _place_of(starts // page, places), NEVER)
   begun = jnp.zeros((b, kv_heads, 0), jnp.int32)
   if split.axis is not None:
     before = split.before(counts)
-    begun = jnp.where(counts > 0, before, NEVER)
-    counts = split.total(counts)
+    begun, counts = before, split.total(counts)
     further = jnp.take_along_axis(before, jnp.minimum(in_slot, count - 1), axis=-1)
     ranks = jnp.where(in_slot < count, ranks + further, 0)
   in_slot = jnp.pad(in_slot, more, constant_values=count)
   ranks = jnp.pad(ranks, more)
-  end = -(-t // page) * page if order == "cell" else 0
-  first = in_slot[..., :end:page]
-  ends = jnp.roll(in_slot[..., page - 1 : end : page], 1, axis=-1)
+  first = in_slot[..., : ordered * page : page]
+  before = jnp.roll(in_slot[..., page - 1 : ordered * page : page], 1, axis=-1)
   later = jax.lax.broadcasted_iota(jnp.int32, first.shape, 2) > 0
-  goes_on = later & (first == ends) & (first < count)
-  largest = jnp.max(jnp.where(in_slot < count, in_slot, 0), axis=-1, keepdims=True)
+  goes_on = later & (first == before) & (first < count)
+
+  def in_places(x: Array, nothing: int) -> Array:
+    x = jnp.where(goes_on, x, nothing)
+    x = jnp.pad(x, ((0, 0), (0, 0), (0, places - ordered)), constant_values=nothing)
+    x = x.reshape(b, kv_heads, places // _PARTS, _PARTS)
+    return jnp.swapaxes(x, 2, 3).reshape(b, kv_heads, places)
+
   index = CodeIndex(
     counts=counts,
     cells=in_slot.reshape(b, kv_heads, rows, LANES),
     ranks=ranks.reshape(b, kv_heads, rows, LANES),
-    skip=jnp.where(goes_on, ranks[..., :end:page], NEVER),
-    last=jnp.minimum(in_slot[..., page - 1 : end : page], largest),
+    begins=begins,
     begun=begun,
+    before=in_places(before, 0),
+    skip=in_places(ranks[..., : ordered * page : page], NEVER),
     page=page,
     slots=slots,
+    sorted=ordered,
   )
   return index, token
 
@@ -235,36 +260,27 @@ def _score(keys: Int[Array, "*shape"]) -> Float[Array, "*shape"]:
   return jax.lax.bitcast_convert_type(keys ^ ((keys >> 31) & jnp.int32(0x7FFFFFFF)), jnp.float32)
 
 
+def _parts(x: Shaped[Array, "*rows n"]) -> list[Shaped[Array, "*rows part"]]:
+  """The last axis in eight parts, filled up with zeros where eight does not divide it."""
+  more = -x.shape[-1] % _PARTS
+  if more:
+    x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, more)])
+  return jnp.split(x, _PARTS, axis=-1)
+
+
 def _number(
   mask: Bool[Array, "*rows G cells"], counts: Int[Array, "*rows cells"]
 ) -> Int[Array, "*rows G"]:
   """Sums of the counts under a mask, exact below 2^24.
 
-  A product with ones: XLA's CPU backend does not vectorise a sum of integers.
+  Eight parts of the cells are added as they are read, and their sum with ones as a product: XLA's
+  CPU backend does not vectorise a sum of integers.
   """
-  under = jnp.where(mask, counts[..., None, :].astype(jnp.float32), 0.0)
-  ones = jnp.ones(mask.shape[-1], jnp.float32)
-  return jnp.dot(under, ones, precision=jax.lax.Precision.HIGHEST).astype(jnp.int32)
-
-
-def _running(x: Float[Array, "*rows n"]) -> Float[Array, "*rows n"]:
-  """Sums up to and with each place of whole numbers, none negative, below 2^24 together.
-
-  As products with triangles of ones: XLA's CPU backend makes a cumulative sum one number at a time.
-  """
-  n, highest = x.shape[-1], jax.lax.Precision.HIGHEST
-  if n <= _TRIANGLE:
-    return jnp.dot(x, jnp.triu(jnp.ones((n, n), jnp.float32)), precision=highest)
-  blocks = -(-n // _TRIANGLE)
-  x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, blocks * _TRIANGLE - n)])
-  x = x.reshape(*x.shape[:-1], blocks, _TRIANGLE)
-  sums = jnp.dot(x, jnp.ones(_TRIANGLE, jnp.float32), precision=highest)
-  # What came before a block is added to its first number, so that one product makes its sums. It
-  # is made once: a CPU's fusion would make it again for every number.
-  before = jax.lax.optimization_barrier(_running(sums) - sums)
-  first = jax.lax.broadcasted_iota(jnp.int32, x.shape, x.ndim - 1) == 0
-  sums = _running(jnp.where(first, x + before[..., None], x))
-  return sums.reshape(*x.shape[:-2], blocks * _TRIANGLE)[..., :n]
+  parts = zip(_parts(mask), _parts(counts[..., None, :]), strict=True)
+  under = reduce(jnp.add, (jnp.where(mask, count, 0) for mask, count in parts))
+  ones = jnp.ones(under.shape[-1], jnp.float32)
+  total = jnp.dot(under.astype(jnp.float32), ones, precision=jax.lax.Precision.HIGHEST)
+  return total.astype(jnp.int32)
 
 
 def cut(
@@ -281,9 +297,11 @@ def cut(
     scores: float32, no NaN. Cells of the same score are taken in their order.
     counts: tokens of every cell, fewer than 2^24 together.
   """
-  keys = _ordered(scores)
+  every, more = counts.shape[-1], -counts.shape[-1] % _PARTS
   wanted = jnp.minimum(granted, jnp.sum(counts, axis=-1))[..., None]
-  wanted = jnp.broadcast_to(wanted, keys.shape[:-1])
+  wanted = jnp.broadcast_to(wanted, scores.shape[:-1])
+  keys = jnp.pad(_ordered(scores), [(0, 0)] * (scores.ndim - 1) + [(0, more)])
+  counts = jnp.pad(counts, [(0, 0)] * (counts.ndim - 1) + [(0, more)])
   full = (counts > 0).astype(jnp.int32)
 
   def halve(bounds: tuple[Array, ...], by_score: bool) -> tuple[Array, ...]:
@@ -330,11 +348,11 @@ def cut(
   earlier = jax.lax.cond(
     jnp.any(cells > 1), lambda: jnp.cumsum(tied, axis=-1) - tied, lambda: jnp.zeros_like(tied)
   )
-  return better + jnp.clip(room - earlier, 0, tied)
+  return (better + jnp.clip(room - earlier, 0, tied))[..., :every]
 
 
 def kv_head_scores(
-  logits: Float[Array, "B S H cells"], counts: Int[Array, "B S K cells"]
+  scores: Float[Array, "B S H cells"], counts: Int[Array, "B S K cells"], *, scale: float = 1.0
 ) -> Float[Array, "B S K cells"]:
   r"""One score a KV head, for budgets that its group shares.
 
@@ -344,24 +362,29 @@ def kv_head_scores(
   head its own tokens.
 
   Args:
-    logits: far scores of query heads, divided by ``sqrt(D)``.
+    scores: far scores of query heads.
     counts: tokens of every cell; what a cell without tokens scores says nothing.
+    scale: what makes a score a logit l, the exponent of a weight.
   """
   # Two heads that each look at one cell alone give both the share 1: scores tie but for rounding.
   # Between barriers programs of one shape round alike, so that the fast path ties as the reference
   # does. In another batch the sum may round otherwise (docs/performance.md).
-  logits, counts = jax.lax.optimization_barrier((logits, counts))
-  b, s, h, cells = logits.shape
+  scores, counts = jax.lax.optimization_barrier((scores, counts))
+  b, s, h, cells = scores.shape
   kv_heads = counts.shape[2]
-  logits = logits.reshape(b, s, kv_heads, h // kv_heads, cells)
-  held = counts[:, :, :, None]
-  peak = jnp.max(jnp.where(held > 0, logits, -jnp.inf), axis=-1, keepdims=True)
+  scores = scores.reshape(b, s, kv_heads, h // kv_heads, cells)
+  held = counts[:, :, :, None].astype(jnp.float32)
+  parts = list(zip(_parts(scores), _parts(held), strict=True))
+  largest = reduce(jnp.maximum, (jnp.where(many > 0, score, -jnp.inf) for score, many in parts))
+  peak = jnp.max(jax.lax.optimization_barrier(largest), axis=-1, keepdims=True)
   peak = jnp.where(jnp.isfinite(peak), peak, 0.0)
   # Cells without tokens are kept at the peak, where they cannot overflow.
-  weight = jnp.exp(jnp.minimum(logits - peak, 0.0)) * held.astype(jnp.float32)
-  total = jnp.dot(weight, jnp.ones(cells, jnp.float32), precision=jax.lax.Precision.HIGHEST)
+  weights = (jnp.exp(scale * jnp.minimum(score - peak, 0.0)) * many for score, many in parts)
+  weight = reduce(jnp.add, weights)
+  ones = jnp.ones(weight.shape[-1], jnp.float32)
+  total = jnp.dot(weight, ones, precision=jax.lax.Precision.HIGHEST)
   total = jnp.maximum(total, jnp.finfo(jnp.float32).tiny)[..., None]
-  shares = logits - peak - jnp.log(total)
+  shares = scale * scores - jax.lax.optimization_barrier(scale * peak + jnp.log(total))
   # One query head after the other: XLA's CPU backend is slow at the largest over a middle axis.
   best = reduce(jnp.maximum, (shares[:, :, :, head] for head in range(shares.shape[3])))
   return jax.lax.optimization_barrier(best)
@@ -418,29 +441,31 @@ def look(
 
 @partial(
   jax.tree_util.register_dataclass,
-  data_fields=["skip", "last", "begun", "cells", "ranks"],
-  meta_fields=[],
+  data_fields=["begins", "begun", "before", "skip", "cells", "ranks"],
+  meta_fields=["sorted"],
 )
 @dataclasses.dataclass(frozen=True)
 class PageCells:
   """What says of every page of a layer whether it holds a selected token.
 
   Attributes:
-    skip, last, begun: of the sorted pages, as in :class:`CodeIndex`.
+    begins, begun, before, skip, sorted: of the sorted pages, as in :class:`CodeIndex`.
     cells, ranks: in the slots of the other pages.
   """
 
-  skip: Int[Array, "B K sorted"]
-  last: Int[Array, "B K sorted"]
+  begins: Int[Array, "B K cells"]
   begun: Int[Array, "B K begun"]
+  before: Int[Array, "B K places"]
+  skip: Int[Array, "B K places"]
   cells: Int[Array, "B K rest P"]
   ranks: Int[Array, "B K rest P"]
+  sorted: int
 
 
 def page_cells(index: CodeIndex, *, layer: int | Array) -> PageCells:
   """Of one layer, from the index of all."""
   _, b, kv_heads, lines, _ = index.cells.shape
-  done = index.last.shape[3] * index.page
+  done = index.sorted * index.page
   line, skip = divmod(done, LANES)
 
   def rest(x: Array) -> Array:
@@ -451,51 +476,68 @@ def page_cells(index: CodeIndex, *, layer: int | Array) -> PageCells:
 
   return jax.lax.optimization_barrier(
     PageCells(
-      index.skip[layer],
-      index.last[layer],
+      index.begins[layer],
       index.begun[layer],
+      index.before[layer],
+      index.skip[layer],
       rest(index.cells),
       rest(index.ranks),
+      index.sorted,
     )
   )
 
 
-def pages_of(pages: PageCells, taken: Int[Array, "B K cells"]) -> Bool[Array, "B K N"]:
-  """The pages that hold a selected token.
+def page_numbers(
+  pages: PageCells, taken: Int[Array, "B K cells"], *, most: int
+) -> tuple[Int[Array, "B K F"], Int[Array, "B K"]]:
+  """The pages that hold a selected token, in order, and how many; after them page 0.
 
   A sorted page holds one if it goes on with the cell that the page before ends with and more of
   that cell are taken than lie before it, or if any token is taken of a cell that begins in it.
   Slots of the other pages are looked at one by one.
 
-  Unless ``begun`` tells, a taken cell whose every token came after the prompt marks a sorted page
-  too: the first whose ``last`` is not below it, if there is one. That is page 0 for a cell before
-  the row's first, and for cell 0 in a row without sorted tokens.
+  Args:
+    most: tokens that are taken of a row and KV head at most; F is as many, or N if that is less.
   """
-  here = taken > (pages.begun if pages.begun.shape[-1] else 0)
-  # Made once each, not again for every number that is looked up or compared.
-  upto = jax.lax.optimization_barrier(_running(here.astype(jnp.float32)).astype(jnp.int32))
-  begun, many = (lookup(x, pages.last) for x in (upto, taken))
-  begun, many = jax.lax.optimization_barrier((begun, many))
+  b, kv_heads, places = pages.skip.shape
+  hit = taken > (pages.begun if pages.begun.shape[-1] else 0)
+  begins = jnp.zeros((b, kv_heads, places), jnp.int32)
+  begins = _put(begins, jnp.where(hit, pages.begins, NEVER), taken, once=False)
+  marked = (begins > 0) | (lookup(taken, pages.before) > pages.skip)
+  # Made once: a CPU's fusion would look a number up again for every use.
+  marked = jax.lax.optimization_barrier(marked.astype(jnp.int32))
+  marked = marked.reshape(b, kv_heads, _PARTS, -1)
+  parts = [marked[:, :, part] for part in range(_PARTS)]
+  many = reduce(jnp.add, parts)
+  upto = jnp.cumsum(many, axis=-1)
+  place = [jax.lax.optimization_barrier(upto - many)]
+  for part in parts[:-1]:
+    place.append(place[-1] + part)
+  at = jnp.where(marked > 0, jnp.stack(place, axis=2), NEVER)
+  number = jax.lax.broadcasted_iota(jnp.int32, marked.shape, 3) * _PARTS
+  number += jax.lax.broadcasted_iota(jnp.int32, marked.shape, 2)
+  at, number = (x.reshape(b, kv_heads, places) for x in (at, number))
 
-  def before(x: Array) -> Array:
-    return jnp.concatenate([jnp.zeros_like(x[..., :1]), x[..., :-1]], axis=-1)
-
-  found = (before(many) > pages.skip) | (begun > before(begun))
   rest = jnp.any(selected(pages.cells, pages.ranks, taken), axis=-1)
-  return jnp.concatenate([found, rest], axis=-1)
+  ids = max(1, min(most, pages.sorted + rest.shape[2]))
+  ids = _put(jnp.zeros((b, kv_heads, ids), jnp.int32), at, number)
+  done = upto[..., -1:]
+  at = jnp.where(rest, done + jnp.cumsum(rest, axis=-1, dtype=jnp.int32) - 1, NEVER)
+  ids = _put(ids, at, pages.sorted + jax.lax.broadcasted_iota(jnp.int32, rest.shape, 2))
+  return ids, done[..., 0] + jnp.sum(rest, axis=-1, dtype=jnp.int32)
 
 
-def compact(pages: Bool[Array, "B K N"]) -> tuple[Int[Array, "B K N"], Int[Array, "B K"]]:
-  """The numbers of the marked pages in order, and how many; places after them hold page 0."""
-  b, kv_heads, n = pages.shape
-  # Padded to whole blocks, as cutting the running sums back to n takes a CPU longer.
-  blocks = max(1, -(-n // _TRIANGLE))
-  marked = jnp.pad(pages, ((0, 0), (0, 0), (0, blocks * _TRIANGLE - n)))
-  upto = _running(marked.astype(jnp.float32)).astype(jnp.int32)
-  row = jnp.arange(b * kv_heads, dtype=jnp.int32).reshape(b, kv_heads, 1)
+def _put(
+  x: Int[Array, "B K n"], at: Int[Array, "B K m"], new: Int[Array, "B K m"], *, once: bool = True
+) -> Int[Array, "B K n"]:
+  """Numbers put into some places of an array; past its last, nowhere.
+
+  Args:
+    once: no place is named twice. Of numbers put into one place, any is kept.
+  """
+  b, kv_heads, n = x.shape
   # Into all rows as one: with an index of three numbers a CPU takes several times as long.
-  at = jnp.where(marked, row * n + upto - 1, pages.size).reshape(-1)
-  number = jax.lax.broadcasted_iota(jnp.int32, marked.shape, 2).reshape(-1)
-  ids = jnp.zeros(pages.size, jnp.int32)
-  ids = ids.at[at].set(number, mode="drop", unique_indices=True)
-  return ids.reshape(pages.shape), upto[..., -1]
+  row = jnp.arange(b * kv_heads, dtype=jnp.int32).reshape(b, kv_heads, 1)
+  at = jnp.where(at < n, row * n + at, x.size).reshape(-1)
+  out = x.reshape(-1).at[at].set(new.reshape(-1), mode="drop", unique_indices=once)
+  return out.reshape(x.shape)

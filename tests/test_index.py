@@ -42,7 +42,7 @@ def every_slot(index):
 def choose_by_cell(index, scores, granted):
   """Slots chosen, and pages found without looking at the slots of sorted ones."""
   taken = cell_index.select(index.counts[0], scores, granted)
-  pages = cell_index.pages_of(cell_index.page_cells(index, layer=0), taken)
+  pages = cell_index.page_numbers(cell_index.page_cells(index, layer=0), taken, most=SLOTS)
   return pages, cell_index.selected(*every_slot(index), taken).reshape(B, K, SLOTS)
 
 
@@ -103,17 +103,15 @@ def assert_consistent(index) -> None:
       assert sorted(ranks[cells == cell]) == list(range(count))
 
 
-def assert_pages(pages, chosen, index) -> None:
-  """A page is marked if one of its slots is chosen, and hardly otherwise."""
-  want = np.asarray(chosen).reshape(B, K, -1, P).any(axis=-1)
-  pages = np.asarray(pages)
-  assert np.all(pages | ~want)
-  for row, head in np.ndindex(B, K):
-    held = np.asarray(every_slot(index)[0])[row, head]
-    done = index.last.shape[3]
-    later = set(held[done:].ravel().tolist()) - set(held[:done].ravel().tolist())
-    assert (pages & ~want)[row, head].sum() <= len(later - {CELLS})
-    assert not np.any((pages & ~want)[row, head, done:])
+def assert_pages(pages, chosen) -> None:
+  """The numbers of the pages that hold a chosen slot, in order, and zeros after them."""
+  chosen = np.asarray(chosen)
+  ids, count = map(np.asarray, pages)
+  lead, held = chosen.shape[:2], chosen.reshape(*chosen.shape[:2], -1, P).any(axis=-1)
+  for row, head in np.ndindex(lead):
+    (want,) = np.nonzero(held[row, head])
+    assert count[row, head] == len(want)
+    np.testing.assert_array_equal(ids[row, head], np.pad(want, (0, ids.shape[2] - len(want))))
 
 
 def granted(budget):
@@ -129,7 +127,7 @@ def test_equals_the_reference(order, case):
   index, token = build(jnp.asarray(cells), jnp.asarray(eligible), order=order)
   assert_consistent(index)
   pages, chosen = choose_by_cell(index, jnp.asarray(scores), granted(budget))
-  assert_pages(pages, chosen, index)
+  assert_pages(pages, chosen)
   got = in_slots(chosen, token, eligible)
   np.testing.assert_array_equal(got, reference(cells, scores, eligible, budget))
 
@@ -149,7 +147,7 @@ def choose_split(cells, eligible, scores, granted, order):
     index, token = cell_index.build(mine, SPLIT.mine(eligible, share), **options)
     taken = cell_index.select(index.counts, scores, granted)
     layers = jax.tree.map(lambda x: x[None], index)
-    pages = cell_index.pages_of(cell_index.page_cells(layers, layer=0), taken)
+    pages = cell_index.page_numbers(cell_index.page_cells(layers, layer=0), taken, most=T)
     chosen = cell_index.selected(*every_slot(layers), taken)
     return chosen, pages, token + SPLIT.number * share
 
@@ -160,12 +158,13 @@ def choose_split(cells, eligible, scores, granted, order):
 @settings(max_examples=60, deadline=None)
 @given(case=cases())
 def test_devices_choose_what_one_would(order, case):
-  """Ranges of 5 in pages of 4, the last not full; no page is marked in vain."""
+  """Ranges of 5 in pages of 4, the last not full."""
   cells, scores, eligible, budget = case
   cells, eligible = cells[..., :T], eligible[:, :T]
   found = choose_split(*map(jnp.asarray, (cells, eligible, scores)), granted(budget), order)
-  chosen, pages, token = map(np.asarray, found)
-  np.testing.assert_array_equal(pages, chosen.any(axis=-1))
+  chosen, pages, token = jax.tree.map(np.asarray, found)
+  for device in range(SPLIT.devices):
+    assert_pages([x[device] for x in pages], chosen[device])
   got = np.zeros(cells.shape, bool)
   for device, row, head in np.ndindex(SPLIT.devices, B, K):
     held = chosen[device, row, head].reshape(-1)[: SPLIT.share(T)]
@@ -190,7 +189,7 @@ def test_equals_the_reference_as_tokens_are_appended(case):
     assert_consistent(index)
     seen = eligible & (np.arange(SLOTS) <= T + step)[None]
     pages, chosen = choose_by_cell(index, jnp.asarray(scores), granted(budget))
-    assert_pages(pages, chosen, index)
+    assert_pages(pages, chosen)
     got = in_slots(chosen, token, seen)
     np.testing.assert_array_equal(got, reference(cells, scores, seen, budget))
 
@@ -227,16 +226,6 @@ def test_counting_is_exact(cells):
   counts = rng.integers(0, 2**23 // cells + 1, (1, 2, cells)).astype(np.int32)
   got = jax.jit(cell_index._number)(jnp.asarray(mask), jnp.asarray(counts))
   np.testing.assert_array_equal(got, (mask * counts[:, :, None]).sum(-1))
-
-
-@pytest.mark.parametrize("n", [1, 63, 64, 65, 4096, 4097, 9000])
-def test_running_sums_are_exact(n):
-  """Below a block, in blocks, and in blocks of blocks."""
-  rng = np.random.default_rng(n)
-  numbers = rng.integers(0, 2**24 // n, (2, 3, n)).astype(np.int32)
-  for x in (numbers, numbers % 2 == 1):
-    got = jax.jit(cell_index._running)(jnp.asarray(x, jnp.float32))
-    np.testing.assert_array_equal(got, np.cumsum(x, axis=-1))
 
 
 def test_a_cells_tokens_lie_side_by_side():
@@ -285,29 +274,36 @@ def test_pages_lie_in_rows_of_128_slots(prompt, new, page):
   np.testing.assert_array_equal(further.ranks, index.ranks)
 
 
-def test_compact_lists_the_marked_pages():
-  pages = np.zeros((1, 2, 5), bool)
-  pages[0, 0, [1, 2, 4]] = True
-  ids, count = jax.jit(cell_index.compact)(jnp.asarray(pages))
-  assert np.asarray(count).tolist() == [[3, 0]]
-  assert np.asarray(ids)[0].tolist() == [[1, 2, 4, 0, 0], [0, 0, 0, 0, 0]]
+@pytest.mark.parametrize("order", ["cell", "arrival"])
+@pytest.mark.parametrize("prompt", [3, 28, 32, 36, 300, 1000])
+def test_page_numbers(prompt, order):
+  """Sorted pages in eights and beside them, and later ones: few are taken of, all, and none."""
+  rng = np.random.default_rng(prompt)
+  cells = np.minimum(rng.geometric(0.05, (B, K, prompt)), 99).astype(np.int32)
+  eligible = jnp.asarray(np.arange(prompt)[None] < [[prompt], [prompt // 2]])
+  slots = -(-prompt // P) * P + NEW
+  options = {"count": 100, "slots": slots, "page": P, "order": order}
+  built, _ = cell_index.build(jnp.asarray(cells), eligible, **options)
+  index = jax.tree.map(lambda x: x[None], built)
+  for step in range(NEW):
+    cell = jnp.asarray(rng.integers(0, 100, (B, K)), jnp.int32)
+    index = append(index, cell, jnp.asarray([slots - NEW + step, -1], jnp.int32))
+  counts = np.asarray(index.counts[0])
+  few = np.where(rng.random(counts.shape) < 0.1, rng.integers(0, counts + 1), 0)
+  held = cell_index.page_cells(index, layer=0)
+  for taken in (few, counts, np.zeros_like(counts)):
+    for most in {max(taken.sum(axis=-1).max(), 1), slots}:
+      taken = jnp.asarray(taken, jnp.int32)
+      pages = jax.jit(partial(cell_index.page_numbers, most=int(most)))(held, taken)
+      assert pages[0].shape[2] == min(most, slots // P)
+      assert_pages(pages, cell_index.selected(*every_slot(index), taken))
 
 
-@pytest.mark.parametrize("n", [1, 63, 64, 65, 130, 4097])
-def test_compact_of_many_pages(n):
-  """Rows of several blocks of sums, each against NumPy: some pages, all of them, the last alone."""
-  pages = np.random.default_rng(0).random((2, 3, n)) < 0.4
-  pages[0, 1], pages[1, 0] = True, np.arange(n) == n - 1
-  ids, count = map(np.asarray, jax.jit(cell_index.compact)(jnp.asarray(pages)))
-  for row, head in np.ndindex(2, 3):
-    (want,) = np.nonzero(pages[row, head])
-    assert count[row, head] == len(want)
-    np.testing.assert_array_equal(ids[row, head], np.pad(want, (0, n - len(want))))
-
-
-def test_compact_of_no_pages():
-  ids, count = jax.jit(cell_index.compact)(jnp.zeros((2, 3, 0), bool))
-  assert ids.shape == (2, 3, 0)
+def test_numbers_without_sorted_pages_or_tokens_taken():
+  index, _ = build(jnp.zeros((B, K, 0), jnp.int32), jnp.ones((B, 0), bool))
+  held = cell_index.page_cells(index, layer=0)
+  ids, count = cell_index.page_numbers(held, jnp.zeros((B, K, CELLS), jnp.int32), most=0)
+  assert ids.shape == (B, K, 1)
   assert not np.asarray(count).any()
 
 
@@ -368,22 +364,15 @@ def test_wrong_cuts_are_caught(wrong):
   assert not np.array_equal(got, reference(cells, scores, eligible, 4))
 
 
-@pytest.mark.parametrize(
-  ("eligible", "cell", "marked"),
-  [
-    (True, 0, [0]),  # before the row's first cell
-    (True, 3, [1]),  # between the last cells of two pages
-    (True, 7, []),  # after the last
-    (False, 0, [0]),  # in a row without sorted tokens
-    (False, 3, []),
-  ],
-)
-def test_pages_that_a_cell_without_sorted_tokens_marks(eligible, cell, marked):
+@pytest.mark.parametrize("eligible", [True, False])
+@pytest.mark.parametrize("cell", [0, 2, 3, 6, 7])
+def test_later_tokens_name_no_page_of_the_prompt(eligible, cell):
   """Cells 2 2 2 2, 5 5 6 6 on two pages of four, or none; one later token is chosen, on page 2."""
   cells = jnp.asarray([2, 2, 2, 2, 5, 5, 6, 6], jnp.int32)[None, None]
   index, _ = cell_index.build(cells, jnp.full((1, 8), eligible), count=8, slots=12, page=4)
   index = jax.tree.map(lambda x: x[None], index)
   index = append(index, jnp.asarray([[cell]], jnp.int32), jnp.asarray([8], jnp.int32))
-  taken = jnp.zeros((1, 1, 8), jnp.int32).at[0, 0, cell].set(1)
-  pages = cell_index.pages_of(cell_index.page_cells(index, layer=0), taken)
-  assert np.flatnonzero(pages).tolist() == [*marked, 2]
+  taken = jnp.zeros((1, 1, 8), jnp.int32).at[0, 0, cell].set(index.counts[0, 0, 0, cell])
+  ids, count = cell_index.page_numbers(cell_index.page_cells(index, layer=0), taken, most=8)
+  early = {2: [0], 6: [1]}.get(cell, []) if eligible else []
+  assert np.asarray(ids)[0, 0, : int(count[0, 0])].tolist() == [*early, 2]

@@ -234,7 +234,7 @@ class A2ATS:
 
   def own(self, state: PagedState) -> list[Array]:
     x = state.index
-    return [state.store.pages, x.cells, x.ranks, x.skip, x.last, x.begun]
+    return [state.store.pages, x.cells, x.ranks, x.begins, x.begun, x.before, x.skip]
 
   def absorb(self, state: PagedState, prompt: PromptLayer, *, layer: int | Array) -> PagedState:
     b, t = prompt.keys.shape[:2]
@@ -492,7 +492,7 @@ class A2ATS:
     table: Float[Array, "B H cells"],
     now: Int[Array, "B"],
     layer: int | Array,
-  ) -> tuple[Int[Array, "B K cells"], Int[Array, "B K N"], Int[Array, "B K"], Int[Array, "B K"]]:
+  ) -> tuple[Int[Array, "B K cells"], Int[Array, "B K F"], Int[Array, "B K"], Int[Array, "B K"]]:
     """From scores to tokens taken of every cell and the pages that hold them.
 
     The page that is not full yet is in the ring, and none of these pages.
@@ -509,60 +509,63 @@ class A2ATS:
     b, kv_heads, size = counts.shape
     scores = table
     if self.budget.per == "kv_head":
-      logits = table * self.codebook.codewords.shape[-1] ** -0.5
-      scores = cells.kv_head_scores(logits[:, None], counts[:, None])[:, 0]
+      scale = self.codebook.codewords.shape[-1] ** -0.5
+      scores = cells.kv_head_scores(table[:, None], counts[:, None], scale=scale)[:, 0]
     # Each KV head by itself from here on, so that one that does not fit leaves others alone.
     scores = scores.reshape(b * kv_heads, -1, size)
     alone = counts.reshape(b * kv_heads, 1, size)
     held = cells.page_cells(state.index, layer=layer)
     # Pages not sealed yet are in the ring: their slots are emptied, so that none is marked.
-    number = jnp.arange(held.last.shape[2], state.index.pages, dtype=jnp.int32)
+    number = jnp.arange(held.sorted, state.index.pages, dtype=jnp.int32)
     sealed = state.prompt_slots // self.page + self.split.dealt(self._full(state, now))
     there = (number[None] < sealed[:, None])[:, None, :, None]
     held = dataclasses.replace(held, cells=jnp.where(there, held.cells, size))
     held = jax.tree.map(lambda x: x.reshape(b * kv_heads, 1, *x.shape[2:]), held)
     most = jnp.repeat(granted, kv_heads)
+    bound = int(self.budget.resolve(state.capacity).max()) * scores.shape[1]
 
-    def pick(count: Int[Array, "rows"]) -> tuple[Array, Array]:
+    def pick(count: Int[Array, "rows"]) -> tuple[Array, Array, Array]:
       taken = cells.select(alone, scores, count)
-      return taken, cells.pages_of(held, taken)
+      return taken, *cells.page_numbers(held, taken, most=bound)
 
-    taken, pages = pick(most)
+    taken, ids, pages = pick(most)
     wanted = jnp.sum(taken, axis=-1)
     if self.fetch:
 
       def fits(pages: Array) -> Array:
-        return self.split.total(jnp.sum(pages, axis=(1, 2))) <= self.fetch
+        return self.split.total(pages[:, 0]) <= self.fetch
 
       def halve(_: Array, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
         low, high = bounds  # low fits
         middle = (low + high + 1) // 2
-        good = fits(pick(middle)[1])
+        good = fits(pick(middle)[2])
         return jnp.where(good, middle, low), jnp.where(good, high, middle - 1)
 
-      def shrink() -> tuple[Array, Array]:
+      def shrink() -> tuple[Array, Array, Array]:
         steps = max(int(self.budget.resolve(state.capacity).max()).bit_length(), 1)
         return pick(jax.lax.fori_loop(0, steps, halve, (jnp.zeros_like(most), most))[0])
 
-      taken, pages = jax.lax.cond(jnp.all(fits(pages)), lambda: (taken, pages), shrink)
+      chosen = taken, ids, pages
+      taken, ids, pages = jax.lax.cond(jnp.all(fits(pages)), lambda: chosen, shrink)
     dropped = wanted - jnp.sum(taken, axis=-1)
-    ids, count = cells.compact(pages.reshape(b, kv_heads, -1))
-    return taken.reshape(b, kv_heads, size), ids, count, dropped.reshape(b, kv_heads)
+    whole = (x.reshape(b, kv_heads, *x.shape[2:]) for x in (taken, ids, pages, dropped))
+    taken, ids, pages, dropped = whole
+    return taken, ids, pages, dropped
 
   def _fetched(
     self,
     state: PagedState,
     q: Float[Array, "B 1 H D"],
     taken: Int[Array, "B K cells"],
-    ids: Int[Array, "B K N"],
+    ids: Int[Array, "B K F"],
     count: Int[Array, "B K"],
     near: attention.Part,
     layer: int | Array,
   ) -> tuple[attention.Part, Float[Array, "B K"]]:
     """Attention over the chosen tokens of sealed pages and all that is near, and bytes moved."""
-    b, kv_heads, total = ids.shape
-    bytes_each = state.store.page_bytes
-    stage = self.stage_of(state.capacity, heads=b * kv_heads, pages=total, page_bytes=bytes_each)
+    b, kv_heads, _ = ids.shape
+    pages, bytes_each = state.index.pages, state.store.page_bytes
+    stage = self.stage_of(state.capacity, heads=b * kv_heads, pages=pages, page_bytes=bytes_each)
     by_head = taken.reshape(b * kv_heads, 1, -1)
 
     def chosen(blocks: Blocks) -> Array:
@@ -580,8 +583,8 @@ class A2ATS:
     size, dim, items = *state.sums.shape[3:], state.items.shape[3]
     index, word = state.index, 4  # codes, counts and sums are int32 and float32
     whole = (size + items) * dim + items  # codewords, and those of later tokens
-    whole += index.counts.shape[3] + index.begun.shape[3] + 2 * index.last.shape[3]
-    whole += 2 * (index.pages - index.last.shape[3]) * self.page
+    whole += 2 * (index.counts.shape[3] + index.skip.shape[3]) + index.begun.shape[3]
+    whole += 2 * (index.pages - index.sorted) * self.page
     whole += size * (dim + 1) if self.tail == "centroid" else 0
     return (word * (whole + 2 * self.page * pages)).astype(jnp.float32)
 

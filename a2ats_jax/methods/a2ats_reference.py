@@ -208,7 +208,7 @@ class A2ATSReference:
       chosen = selection.choose(scores, cells, far, positions + 1, self.budget)
       return scores, chosen, near, far
     counts = _by_cell(far, cells, table.shape[-1])
-    shared = of_tokens(kv_head_scores(table * q.shape[-1] ** -0.5, counts))
+    shared = of_tokens(kv_head_scores(table, counts, scale=q.shape[-1] ** -0.5))
     chosen = selection.choose(shared, cells, far, positions + 1, self.budget)
     return scores, jnp.repeat(chosen, heads // kv_heads, axis=2), near, far
 

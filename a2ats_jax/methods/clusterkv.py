@@ -220,7 +220,7 @@ class ClusterKV:
     stage = stage_of(
       needed(int(self.budget.resolve(state.capacity).max()), self.budget.per, page=self.page),
       heads=by_head.shape[0],
-      pages=ids.shape[2],
+      pages=state.index.pages,
       most=STAGE_BYTES // state.store.page_bytes,
     )
     far, moved = attend_pages(state.store, q, ids, count, chosen, stage=stage, layer=layer)
@@ -235,8 +235,9 @@ class ClusterKV:
     selected = jnp.where(positions < 0, 0, jnp.sum(taken, axis=-1))[:, None]
     read = selected + jnp.sum(mask, axis=-1, dtype=jnp.int32)[:, None, None]
     d, index = k.shape[3], state.index
-    extra = state.centroids.shape[3] * (d * k.dtype.itemsize + 4) + 8 * index.last.shape[3]
-    later = index.pages - index.last.shape[3]  # pages that are not sorted: every slot
+    extra = state.centroids.shape[3] * (d * k.dtype.itemsize + 4)
+    extra += 4 * (index.begins.shape[3] + 2 * index.skip.shape[3])
+    later = index.pages - index.sorted  # pages that are not sorted: every slot
     extra = extra + 8 * self.page * (count + later)
     size = read * (2 * d * k.dtype.itemsize) + jnp.where(now[:, None] < 0, 0, extra)[:, None]
     stats = Stats(
@@ -251,7 +252,7 @@ class ClusterKV:
 
   def choose(
     self, state: ClusterState, q: Float[Array, "B 1 H D"], now: Int[Array, "B"], layer: int | Array
-  ) -> tuple[Int[Array, "B K clusters"], Int[Array, "B K N"], Int[Array, "B K"]]:
+  ) -> tuple[Int[Array, "B K clusters"], Int[Array, "B K F"], Int[Array, "B K"]]:
     """Tokens taken of every cluster, the pages that hold them, and how many pages.
 
     Args:
@@ -263,8 +264,10 @@ class ClusterKV:
     sinks = jnp.minimum(self.sinks, state.prompt)  # a short prompt has fewer
     taken = cells.select(counts, scores, jnp.maximum(granted - sinks, 0))
     taken = jnp.where((now >= 0)[:, None, None], taken, 0)
-    pages = cells.pages_of(cells.page_cells(state.index, layer=layer), taken)
-    return taken, *cells.compact(pages)
+    most = int(self.budget.resolve(state.capacity).max())
+    if self.budget.per == "query_head":
+      most *= q.shape[2] // taken.shape[1]
+    return taken, *cells.page_numbers(cells.page_cells(state.index, layer=layer), taken, most=most)
 
   def _cluster(self, state: ClusterState, now: Int[Array, "B"], layer: int | Array) -> ClusterState:
     """Cluster the tokens of rows that have ``every`` of them, and write their pages."""

@@ -54,7 +54,8 @@ def parts(kept: Geometry, codewords: int) -> dict[str, tuple[Callable[..., Any],
     return method.choose(here, here.index.counts[0], table, positions[:, 0], 0)
 
   def pages(rest, taken):
-    return index.pages_of(index.page_cells(state_of(rest).index, layer=0), taken)
+    found = index.page_cells(state_of(rest).index, layer=0)
+    return index.page_numbers(found, taken, most=2048)
 
   def tail(rest, table, left):
     found = method._tail(state_of(rest), table, left, 0)
