@@ -94,8 +94,8 @@ def rows_of(slots: int, page: int) -> int:
   return -(-slots // unit) * unit // LANES
 
 
-def _places(pages: int) -> int:
-  """Places of so many sorted pages: whole eights."""
+def places_of(pages: int) -> int:
+  """Places of so many sorted pages: whole eights, one at least."""
   return max(1, -(-pages // _PARTS)) * _PARTS
 
 
@@ -125,7 +125,7 @@ def empty(
     split: how the sequence lies on devices; slots are those of one.
   """
   ordered = prompt // page if order == "cell" else 0
-  every, places = (*lead, rows_of(slots, page), LANES), (*lead, _places(ordered))
+  every, places = (*lead, rows_of(slots, page), LANES), (*lead, places_of(ordered))
   return CodeIndex(
     counts=jnp.zeros((*lead, count), jnp.int32),
     cells=jnp.full(every, count, jnp.int32),
@@ -187,7 +187,7 @@ def build(
   rows = rows_of(slots, page)
   more = ((0, 0), (0, 0), (0, rows * LANES - t))
   ordered = -(-t // page) if order == "cell" else 0
-  places = _places(ordered)
+  places = places_of(ordered)
   begins = jnp.where((counts > 0) & (order == "cell"), _place_of(starts // page, places), NEVER)
   begun = jnp.zeros((b, kv_heads, 0), jnp.int32)
   if split.axis is not None:

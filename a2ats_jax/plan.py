@@ -21,7 +21,7 @@ from a2ats_jax.budget import Budget
 from a2ats_jax.codebook import MAX_CODEWORDS
 from a2ats_jax.errors import UserError
 from a2ats_jax.far import FarPosition
-from a2ats_jax.index import Order, rows_of
+from a2ats_jax.index import Order, places_of, rows_of
 from a2ats_jax.methods import registry
 from a2ats_jax.methods.a2ats import A2ATS, ring_of
 from a2ats_jax.methods.full import Full
@@ -240,9 +240,9 @@ def paged_state(case: Case, m: Paged) -> dict[str, int]:
   sorted_pages = prompt // m.page if m.order == "cell" else 0
   cuts = 1 if m.far.distance is not None else m.far.prompt_segments + 1
   a_head = {
-    "cell counts": _cells(case, m) * I32,
+    "counts and first pages of cells": 2 * _cells(case, m) * I32,
     "cell and rank of every slot": 2 * rows_of(sum(_slots(case, m)), m.page) * LANES * I32,
-    "page edges": 2 * sorted_pages * I32,
+    "page edges": 2 * places_of(sorted_pages) * I32,
     "sinks and recent tokens": 2 * (m.sinks + ring_of(m.window, m.page)) * d * case.cache_size
     + ring_of(m.window, m.page) * I32,
     "codes of later tokens": m.far.items(m.window, case.new) * I32,
@@ -458,7 +458,7 @@ def _paged(case: Case, m: Paged) -> Estimate:
   tail = m.tail == "centroid"
   traffic |= {
     "codebooks": codebooks(case, m),
-    "index": state["cell counts"]
+    "index": state["counts and first pages of cells"]
     + state["page edges"]
     + state["codes of later tokens"]
     + _unsorted(case, m)

@@ -37,7 +37,12 @@ GROUPS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     "cache": ("keys and values", "pages"),
     "codebook": ("codebooks",),
     "index": (
-      *("cell counts", "cell and rank of every slot", "page edges", "codes of later tokens"),
+      *(
+        "counts and first pages of cells",
+        "cell and rank of every slot",
+        "page edges",
+        "codes of later tokens",
+      ),
       "row tables",
     ),
     "near": ("sinks and recent tokens", WINDOWS),

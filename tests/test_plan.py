@@ -91,7 +91,7 @@ def test_a2ats_of_llama_at_128k_by_hand():
   # Later tokens: ceil((128 + 64) / 64) segments of 64 = 192. Cells: 8 4096 + 192 = 32960.
   # Ring: 64 + 16 = 80 tokens. Cuts: 9. The index holds 129 tiles of 8 rows of 128 slots, 132096.
   assert plan.paged_state(case, m) == {
-    "cell counts": 256 * 32960 * 4,
+    "counts and first pages of cells": 2 * 256 * 32960 * 4,
     "cell and rank of every slot": 256 * 2 * 132096 * 4,
     "page edges": 256 * 2 * 8192 * 4,
     "sinks and recent tokens": 256 * (2 * 88 * 128 * 2 + 80 * 4),
@@ -127,8 +127,9 @@ def test_a_step_of_a2ats_by_hand():
   # Read: (2 2720 + 16 + 100 16 + 3 rows of 16) 4 = 28416.
   assert of.traffic["weights"] == (2 * 2720 + 16 + 1600 + 48) * 4
   assert of.traffic["codebooks"] == 2 * 2 * (2 * 32 * 8 + 32 + 64) * 4
-  # Counts 32 cells, edges 2 250 pages, and cells and ranks of 40 pages of 4; 12 heads.
-  assert of.traffic["index"] == 12 * (32 + 500 + 40 * 8) * 4
+  # Counts and first pages of 32 cells, edges of 250 pages in 256 places, and cells and ranks of 40
+  # pages of 4; 12 heads.
+  assert of.traffic["index"] == 12 * (2 * 32 + 2 * 256 + 40 * 8) * 4
   assert of.traffic["score tables"] == 2 * (2 * 3 * 4) * 32 * 4  # written and read, 24 query heads
   # Ring: 12 + 4 = 16 places; keys and values of 18 places, and 16 codes.
   assert of.traffic["sinks and recent tokens"] == 12 * (2 * 18 * 8 + 16) * 4

@@ -36,6 +36,11 @@ def in_rows(slots: int) -> int:
   return -(-slots // 1024) * 1024
 
 
+def in_eights(pages: int) -> int:
+  """Of the index: places of sorted pages."""
+  return -(-pages // 8) * 8
+
+
 def a2ats_bytes(g: Geometry, cells: int, items: int, cuts: int) -> tuple[int, int]:
   """Pages of 4, window 6 and 2 sinks: a ring of 12; 6 codewords. A number is 4 bytes.
 
@@ -46,7 +51,7 @@ def a2ats_bytes(g: Geometry, cells: int, items: int, cuts: int) -> tuple[int, in
   page, ring, sinks, words = 4, 12, 2, 6
   prompt, new = -(-g.prompt // page) * page, -(-g.new // page) * page
   heads = g.layers * g.batch * g.kv_heads
-  index = cells + 2 * in_rows(prompt + new) + 2 * prompt // page
+  index = 2 * cells + 2 * in_rows(prompt + new) + 2 * in_eights(prompt // page)
   near = 2 * (sinks + ring) * g.head_dim + ring
   values = words * g.head_dim + words
   device = heads * (index + near + items + values) + g.batch * (cuts + 1)
@@ -117,7 +122,7 @@ def clusterkv_bytes(g: Geometry) -> tuple[int, int]:
   """5 clusters, 2 sinks, 8 later tokens to 2 clusters, pages of 4."""
   prompt, groups = -(-g.prompt // 4) * 4, g.new // 8
   slots, clusters = prompt + 8 * groups, 5 + 2 * groups
-  index = clusters + 2 * in_rows(slots) + 2 * prompt // 4
+  index = 2 * clusters + 2 * in_rows(slots) + 2 * in_eights(prompt // 4)
   a_head = index + clusters * g.head_dim + 2 * (2 + 8) * g.head_dim
   heads = g.layers * g.batch * g.kv_heads
   return 4 * (heads * a_head + g.batch), 4 * heads * 2 * slots * g.head_dim
