@@ -527,6 +527,14 @@ def page_numbers(
   return ids, done[..., 0] + jnp.sum(rest, axis=-1, dtype=jnp.int32)
 
 
+def compact(pages: Bool[Array, "B K N"]) -> tuple[Int[Array, "B K N"], Int[Array, "B K"]]:
+  """The numbers of marked pages in order, and how many; places after them hold page 0."""
+  upto = jnp.cumsum(pages, axis=-1, dtype=jnp.int32)
+  number = jax.lax.broadcasted_iota(jnp.int32, pages.shape, 2)
+  ids = _put(jnp.zeros_like(number), jnp.where(pages, upto - 1, NEVER), number)
+  return ids, jnp.sum(pages, axis=-1, dtype=jnp.int32)
+
+
 def _put(
   x: Int[Array, "B K n"], at: Int[Array, "B K m"], new: Int[Array, "B K m"], *, once: bool = True
 ) -> Int[Array, "B K n"]:

@@ -307,6 +307,18 @@ def test_numbers_without_sorted_pages_or_tokens_taken():
   assert not np.asarray(count).any()
 
 
+@pytest.mark.parametrize("n", [0, 1, 5, 130])
+def test_compact_lists_the_marked_pages(n):
+  """Against NumPy: some pages, all of them, the last alone, none."""
+  pages = np.random.default_rng(0).random((2, 2, n)) < 0.4
+  pages[0, 1], pages[1, 0], pages[1, 1] = True, np.arange(n) == n - 1, False
+  ids, count = map(np.asarray, jax.jit(cell_index.compact)(jnp.asarray(pages)))
+  for row, head in np.ndindex(2, 2):
+    (want,) = np.nonzero(pages[row, head])
+    assert count[row, head] == len(want)
+    np.testing.assert_array_equal(ids[row, head], np.pad(want, (0, n - len(want))))
+
+
 @pytest.mark.parametrize("group", [1, 2, 3])
 def test_kv_head_scores_are_log_shares_of_attention(group):
   """Against NumPy; cells without tokens count for nothing, however high they score."""
