@@ -13,6 +13,7 @@ selected set a prefix of each cell.
 
 import dataclasses
 import math
+from collections.abc import Callable
 from functools import partial, reduce
 from typing import Literal
 
@@ -339,16 +340,31 @@ def cut(
   low, high = (_ordered(of(scores, axis=-1)) for of in (jnp.min, jnp.max))
   bounds = low, high, jnp.zeros(keys.shape[:-1], jnp.int32)
   bounds = jax.lax.fori_loop(0, _FIRST, lambda _, b: halve(b, True), bounds)
-  state = (*bounds, _number(between(*bounds[:2]), full))
+  state = (*bounds, jnp.full_like(wanted, 2))
   low, high, above, cells = jax.lax.while_loop(open_rows, narrow, state)
-  counts = counts[..., None, :]
-  better = jnp.where(keys > high[..., None], counts, 0)
-  tied = jnp.where(between(low, high), counts, 0)
   room = (wanted - above)[..., None]
-  earlier = jax.lax.cond(
-    jnp.any(cells > 1), lambda: jnp.cumsum(tied, axis=-1) - tied, lambda: jnp.zeros_like(tied)
-  )
-  return (better + jnp.clip(room - earlier, 0, tied))[..., :every]
+
+  def taken(of_tied: Callable[[Array], Array]) -> Array:
+    held = counts[..., None, :]
+    tied = jnp.where(between(low, high), held, 0)
+    return jnp.where(keys > high[..., None], held, jnp.clip(room - of_tied(tied), 0, tied))
+
+  # Most often one cell is left in every row, which no other comes before.
+  return jax.lax.cond(
+    jnp.any(cells > 1),
+    lambda: taken(lambda tied: jnp.cumsum(tied, axis=-1) - tied),
+    lambda: taken(jnp.zeros_like),
+  )[..., :every]
+
+
+def largest(
+  scores: Float[Array, "*rows cells"],
+  held: Float[Array, "*#rows cells"] | Int[Array, "*#rows cells"],
+) -> Float[Array, "*rows"]:
+  """The largest score of a cell that holds tokens; minus infinity if none does."""
+  parts = zip(_parts(scores), _parts(held), strict=True)
+  best = reduce(jnp.maximum, (jnp.where(many > 0, score, -jnp.inf) for score, many in parts))
+  return jnp.max(jax.lax.optimization_barrier(best), axis=-1)
 
 
 def kv_head_scores(
@@ -374,11 +390,10 @@ def kv_head_scores(
   kv_heads = counts.shape[2]
   scores = scores.reshape(b, s, kv_heads, h // kv_heads, cells)
   held = counts[:, :, :, None].astype(jnp.float32)
-  parts = list(zip(_parts(scores), _parts(held), strict=True))
-  largest = reduce(jnp.maximum, (jnp.where(many > 0, score, -jnp.inf) for score, many in parts))
-  peak = jnp.max(jax.lax.optimization_barrier(largest), axis=-1, keepdims=True)
+  peak = largest(scores, held)[..., None]
   peak = jnp.where(jnp.isfinite(peak), peak, 0.0)
   # Cells without tokens are kept at the peak, where they cannot overflow.
+  parts = zip(_parts(scores), _parts(held), strict=True)
   weights = (jnp.exp(scale * jnp.minimum(score - peak, 0.0)) * many for score, many in parts)
   weight = reduce(jnp.add, weights)
   ones = jnp.ones(weight.shape[-1], jnp.float32)

@@ -117,7 +117,10 @@ def rotate(
   angle = positions.astype(jnp.float32)[..., None, None] * jnp.expand_dims(
     rope.inv_freq, tuple(range(positions.ndim + 1))
   )
-  cos, sin = jnp.cos(angle) * rope.scale, jnp.sin(angle) * rope.scale
+  # Made once for all heads: a CPU's fusion would make them again for each.
+  cos, sin = jax.lax.optimization_barrier(
+    (jnp.cos(angle) * rope.scale, jnp.sin(angle) * rope.scale)
+  )
   a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
   return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
 

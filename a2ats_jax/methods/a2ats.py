@@ -655,23 +655,28 @@ class A2ATS:
     kv_heads, size = rest.shape[1], self.codebook.size
     group, old = heads // kv_heads, self.far.prompt_segments
     left = jnp.repeat(rest, group, axis=1)
-    scores = jnp.where(left > 0, table * state.sums.shape[-1] ** -0.5, -jnp.inf)
-    peak = jnp.max(scores, axis=-1)
-    weight = jnp.exp(scores - jnp.where(jnp.isfinite(peak), peak, 0.0)[..., None])
-    weight = weight * left.astype(jnp.float32)
-    by_code = _over_segments(weight[..., : old * size], old)
+    scale, peak = state.sums.shape[-1] ** -0.5, cells.largest(table, left)
+    base = jnp.where(jnp.isfinite(peak), peak, 0.0)[..., None]
+
+    def weigh(table: Array, left: Array) -> Array:
+      # Cells with none left are kept at the peak, where they cannot overflow.
+      return jnp.exp(scale * jnp.minimum(table - base, 0.0)) * left.astype(jnp.float32)
+
+    # Apart, so that sums over segments read the table, and no weights of all cells are written.
+    by_code = _over_segments(weigh(table[..., : old * size], left[..., : old * size]), old)
     if count > old * size:
       # A group's weights of a token as one row: a scatter of single numbers takes a CPU twice as
       # long, and a TPU nine times by its compiler's estimate (docs/performance.md).
-      later = weight[..., old * size :].reshape(b, kv_heads, group, -1)
+      later = weigh(table[..., old * size :], left[..., old * size :])
+      later = later.reshape(b, kv_heads, group, -1)
       later = _by_code(jnp.swapaxes(later, 2, 3), dense.read(state.items, layer), size)
       by_code += jnp.swapaxes(later, 2, 3).reshape(b, heads, size)
     members = jnp.repeat(dense.read(state.members, layer), group, axis=1)
     return attention.Tail(
       weights=(by_code / jnp.maximum(members, 1.0))[:, None],
       sums=dense.read(state.sums, layer),
-      peak=peak[:, None],
-      total=jnp.sum(weight, axis=-1)[:, None],
+      peak=scale * peak[:, None],
+      total=jnp.sum(by_code, axis=-1)[:, None],
     )
 
 
