@@ -9,6 +9,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -102,7 +103,8 @@ def selection(tokens: int = 131072, kv_heads: int = 8, group: int = 4) -> None:
   granted = jnp.asarray([tokens * 3 // 100], jnp.int32)
   shared = jax.jit(index.kv_head_scores)(table[:, None], built.counts[:, None])[:, 0]
   taken = jax.jit(index.select)(built.counts, table, granted)
-  marked = jax.jit(index.pages_of)(pages, taken)
+  numbers = partial(index.page_numbers, most=tokens)
+  _, many = jax.jit(numbers)(pages, taken)
   slots = (built.cells.reshape(1, kv_heads, -1), built.ranks.reshape(1, kv_heads, -1), taken)
   variants = {
     "cut for every query head (`index.select`)": (index.select, (built.counts, table, granted)),
@@ -113,15 +115,14 @@ def selection(tokens: int = 131072, kv_heads: int = 8, group: int = 4) -> None:
     ),
     "argsort of the cells instead of a cut": (lambda t: jnp.argsort(-t, axis=-1), (table,)),
     "the 512 best cells by `lax.top_k` instead": (lambda t: jax.lax.top_k(t, 512), (table,)),
-    "pages by their first and last cell (`index.pages_of`)": (index.pages_of, (pages, taken)),
-    "pages by every slot instead": (
+    "page numbers (`index.page_numbers`)": (numbers, (pages, taken)),
+    "marks of pages by every slot alone": (
       lambda *x: index.selected(*x).reshape(1, kv_heads, -1, page).any(axis=-1),
       slots,
     ),
-    "page numbers (`index.compact`)": (index.compact, (marked,)),
   }
   measure(f"selection, {tokens} tokens, K={kv_heads}, G={group}, 8 x 1024 cells", variants)
-  print(f"\n{int(taken.sum())} tokens in {int(marked.sum())} pages of {page}")
+  print(f"\n{int(taken.sum())} tokens in {int(many.sum())} pages of {page}")
 
 
 def fetching(tokens: int = 131072, kv_heads: int = 8, group: int = 4, dim: int = 128) -> None:
