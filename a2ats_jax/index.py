@@ -26,7 +26,7 @@ from a2ats_jax.ops.tiles import LANES, SUBLANES
 from a2ats_jax.split import WHOLE, Split
 from a2ats_jax.typing import Array, Bool, Float, Int, Shaped
 
-NEVER = 2**31 - 1  # a rank that no token has
+NEVER = 2**31 - 1  # a rank that no token has, and a place that no array has
 _PARTS = 8  # of an axis, added up side by side
 _FIRST = 12  # halvings before it is worth asking how many cells are left
 
@@ -34,7 +34,7 @@ _FIRST = 12  # halvings before it is worth asking how many cells are left
 @partial(
   jax.tree_util.register_dataclass,
   data_fields=["counts", "cells", "ranks", "begins", "begun", "before", "skip"],
-  meta_fields=["page", "slots", "sorted"],
+  meta_fields=["page", "slots", "sorted_pages"],
 )
 @dataclasses.dataclass(frozen=True)
 class CodeIndex:
@@ -61,19 +61,19 @@ class CodeIndex:
       page begins with another. No page is sorted in order of arrival.
     page: P, slots a page.
     slots: of every row and KV head, whole pages.
-    sorted: of the pages, the first so many. None in order of arrival.
+    sorted_pages: the first so many. None in order of arrival.
   """
 
   counts: Int[Array, "*L B K cells"]
   cells: Int[Array, "*L B K rows 128"]
   ranks: Int[Array, "*L B K rows 128"]
-  begins: Int[Array, "*L B K cells"]
+  begins: Int[Array, "*L B K begins"]
   begun: Int[Array, "*L B K begun"]
   before: Int[Array, "*L B K places"]
   skip: Int[Array, "*L B K places"]
   page: int
   slots: int
-  sorted: int
+  sorted_pages: int
 
   @property
   def pages(self) -> int:
@@ -125,8 +125,8 @@ def empty(
     prompt: the first slots, a multiple of ``page`` too, which :func:`build` fills in ``order``.
     split: how the sequence lies on devices; slots are those of one.
   """
-  ordered = prompt // page if order == "cell" else 0
-  every, places = (*lead, rows_of(slots, page), LANES), (*lead, places_of(ordered))
+  sorted_pages = prompt // page if order == "cell" else 0
+  every, places = (*lead, rows_of(slots, page), LANES), (*lead, places_of(sorted_pages))
   return CodeIndex(
     counts=jnp.zeros((*lead, count), jnp.int32),
     cells=jnp.full(every, count, jnp.int32),
@@ -137,7 +137,7 @@ def empty(
     skip=jnp.full(places, NEVER, jnp.int32),
     page=page,
     slots=slots,
-    sorted=ordered,
+    sorted_pages=sorted_pages,
   )
 
 
@@ -187,25 +187,24 @@ def build(
     ranks = jnp.take_along_axis(jnp.take_along_axis(sorted_ranks, back, axis=-1), token, axis=-1)
   rows = rows_of(slots, page)
   more = ((0, 0), (0, 0), (0, rows * LANES - t))
-  ordered = -(-t // page) if order == "cell" else 0
-  places = places_of(ordered)
+  sorted_pages = -(-t // page) if order == "cell" else 0
+  places = places_of(sorted_pages)
   begins = jnp.where((counts > 0) & (order == "cell"), _place_of(starts // page, places), NEVER)
   begun = jnp.zeros((b, kv_heads, 0), jnp.int32)
   if split.axis is not None:
-    before = split.before(counts)
-    begun, counts = before, split.total(counts)
-    further = jnp.take_along_axis(before, jnp.minimum(in_slot, count - 1), axis=-1)
+    begun, counts = split.before(counts), split.total(counts)
+    further = jnp.take_along_axis(begun, jnp.minimum(in_slot, count - 1), axis=-1)
     ranks = jnp.where(in_slot < count, ranks + further, 0)
   in_slot = jnp.pad(in_slot, more, constant_values=count)
   ranks = jnp.pad(ranks, more)
-  first = in_slot[..., : ordered * page : page]
-  before = jnp.roll(in_slot[..., page - 1 : ordered * page : page], 1, axis=-1)
+  first = in_slot[..., : sorted_pages * page : page]
+  before = jnp.roll(in_slot[..., page - 1 : sorted_pages * page : page], 1, axis=-1)
   later = jax.lax.broadcasted_iota(jnp.int32, first.shape, 2) > 0
   goes_on = later & (first == before) & (first < count)
 
   def in_places(x: Array, nothing: int) -> Array:
     x = jnp.where(goes_on, x, nothing)
-    x = jnp.pad(x, ((0, 0), (0, 0), (0, places - ordered)), constant_values=nothing)
+    x = jnp.pad(x, ((0, 0), (0, 0), (0, places - sorted_pages)), constant_values=nothing)
     x = x.reshape(b, kv_heads, places // _PARTS, _PARTS)
     return jnp.swapaxes(x, 2, 3).reshape(b, kv_heads, places)
 
@@ -216,10 +215,10 @@ def build(
     begins=begins,
     begun=begun,
     before=in_places(before, 0),
-    skip=in_places(ranks[..., : ordered * page : page], NEVER),
+    skip=in_places(ranks[..., : sorted_pages * page : page], NEVER),
     page=page,
     slots=slots,
-    sorted=ordered,
+    sorted_pages=sorted_pages,
   )
   return index, token
 
@@ -344,10 +343,10 @@ def cut(
   low, high, above, cells = jax.lax.while_loop(open_rows, narrow, state)
   room = (wanted - above)[..., None]
 
-  def taken(of_tied: Callable[[Array], Array]) -> Array:
+  def taken(earlier: Callable[[Array], Array]) -> Array:
     held = counts[..., None, :]
     tied = jnp.where(between(low, high), held, 0)
-    return jnp.where(keys > high[..., None], held, jnp.clip(room - of_tied(tied), 0, tied))
+    return jnp.where(keys > high[..., None], held, jnp.clip(room - earlier(tied), 0, tied))
 
   # Most often one cell is left in every row, which no other comes before.
   return jax.lax.cond(
@@ -363,7 +362,7 @@ def largest(
 ) -> Float[Array, "*rows"]:
   """The largest score of a cell that holds tokens; minus infinity if none does."""
   parts = zip(_parts(scores), _parts(held), strict=True)
-  best = reduce(jnp.maximum, (jnp.where(many > 0, score, -jnp.inf) for score, many in parts))
+  best = reduce(jnp.maximum, (jnp.where(tokens > 0, score, -jnp.inf) for score, tokens in parts))
   return jnp.max(jax.lax.optimization_barrier(best), axis=-1)
 
 
@@ -399,7 +398,9 @@ def kv_head_scores(
   ones = jnp.ones(weight.shape[-1], jnp.float32)
   total = jnp.dot(weight, ones, precision=jax.lax.Precision.HIGHEST)
   total = jnp.maximum(total, jnp.finfo(jnp.float32).tiny)[..., None]
-  shares = scale * scores - jax.lax.optimization_barrier(scale * peak + jnp.log(total))
+  # Subtracted one after the other, so that heads that look at one cell alone do tie.
+  peak, total = jax.lax.optimization_barrier((peak, jnp.log(total)))
+  shares = scale * (scores - peak) - total
   # One query head after the other: XLA's CPU backend is slow at the largest over a middle axis.
   best = reduce(jnp.maximum, (shares[:, :, :, head] for head in range(shares.shape[3])))
   return jax.lax.optimization_barrier(best)
@@ -457,30 +458,30 @@ def look(
 @partial(
   jax.tree_util.register_dataclass,
   data_fields=["begins", "begun", "before", "skip", "cells", "ranks"],
-  meta_fields=["sorted"],
+  meta_fields=["sorted_pages"],
 )
 @dataclasses.dataclass(frozen=True)
 class PageCells:
   """What says of every page of a layer whether it holds a selected token.
 
   Attributes:
-    begins, begun, before, skip, sorted: of the sorted pages, as in :class:`CodeIndex`.
+    begins, begun, before, skip, sorted_pages: of the sorted pages, as in :class:`CodeIndex`.
     cells, ranks: in the slots of the other pages.
   """
 
-  begins: Int[Array, "B K cells"]
+  begins: Int[Array, "B K begins"]
   begun: Int[Array, "B K begun"]
   before: Int[Array, "B K places"]
   skip: Int[Array, "B K places"]
   cells: Int[Array, "B K rest P"]
   ranks: Int[Array, "B K rest P"]
-  sorted: int
+  sorted_pages: int
 
 
 def page_cells(index: CodeIndex, *, layer: int | Array) -> PageCells:
   """Of one layer, from the index of all."""
   _, b, kv_heads, lines, _ = index.cells.shape
-  done = index.sorted * index.page
+  done = index.sorted_pages * index.page
   line, skip = divmod(done, LANES)
 
   def rest(x: Array) -> Array:
@@ -497,14 +498,14 @@ def page_cells(index: CodeIndex, *, layer: int | Array) -> PageCells:
       index.skip[layer],
       rest(index.cells),
       rest(index.ranks),
-      index.sorted,
+      index.sorted_pages,
     )
   )
 
 
 def page_numbers(
   pages: PageCells, taken: Int[Array, "B K cells"], *, most: int
-) -> tuple[Int[Array, "B K F"], Int[Array, "B K"]]:
+) -> tuple[Int[Array, "B K listed"], Int[Array, "B K"]]:
   """The pages that hold a selected token, in order, and how many; after them page 0.
 
   A sorted page holds one if it goes on with the cell that the page before ends with and more of
@@ -512,33 +513,34 @@ def page_numbers(
   Slots of the other pages are looked at one by one.
 
   Args:
-    most: tokens that are taken of a row and KV head at most; F is as many, or N if that is less.
+    most: tokens that are taken of a row and KV head at most. As many pages are listed, or N if that
+      is less, one at least.
   """
   b, kv_heads, places = pages.skip.shape
   hit = taken > (pages.begun if pages.begun.shape[-1] else 0)
-  begins = jnp.zeros((b, kv_heads, places), jnp.int32)
-  begins = _put(begins, jnp.where(hit, pages.begins, NEVER), taken, once=False)
-  marked = (begins > 0) | (lookup(taken, pages.before) > pages.skip)
+  begun = jnp.zeros((b, kv_heads, places), jnp.int32)
+  begun = _put(begun, jnp.where(hit, pages.begins, NEVER), taken, once=False)
+  marked = (begun > 0) | (lookup(taken, pages.before) > pages.skip)
   # Made once: a CPU's fusion would look a number up again for every use.
   marked = jax.lax.optimization_barrier(marked.astype(jnp.int32))
   marked = marked.reshape(b, kv_heads, _PARTS, -1)
   parts = [marked[:, :, part] for part in range(_PARTS)]
   many = reduce(jnp.add, parts)
   upto = jnp.cumsum(many, axis=-1)
-  place = [jax.lax.optimization_barrier(upto - many)]
+  earlier = [jax.lax.optimization_barrier(upto - many)]
   for part in parts[:-1]:
-    place.append(place[-1] + part)
-  at = jnp.where(marked > 0, jnp.stack(place, axis=2), NEVER)
+    earlier.append(earlier[-1] + part)
+  at = jnp.where(marked > 0, jnp.stack(earlier, axis=2), NEVER)
   number = jax.lax.broadcasted_iota(jnp.int32, marked.shape, 3) * _PARTS
   number += jax.lax.broadcasted_iota(jnp.int32, marked.shape, 2)
   at, number = (x.reshape(b, kv_heads, places) for x in (at, number))
 
   rest = jnp.any(selected(pages.cells, pages.ranks, taken), axis=-1)
-  ids = max(1, min(most, pages.sorted + rest.shape[2]))
+  ids = max(1, min(most, pages.sorted_pages + rest.shape[2]))
   ids = _put(jnp.zeros((b, kv_heads, ids), jnp.int32), at, number)
   done = upto[..., -1:]
   at = jnp.where(rest, done + jnp.cumsum(rest, axis=-1, dtype=jnp.int32) - 1, NEVER)
-  ids = _put(ids, at, pages.sorted + jax.lax.broadcasted_iota(jnp.int32, rest.shape, 2))
+  ids = _put(ids, at, pages.sorted_pages + jax.lax.broadcasted_iota(jnp.int32, rest.shape, 2))
   return ids, done[..., 0] + jnp.sum(rest, axis=-1, dtype=jnp.int32)
 
 

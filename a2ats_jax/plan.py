@@ -284,9 +284,9 @@ def paged_temporary(case: Case, m: Paged) -> int:
   (early, _), _ = _linear_numbers(c)
   encoding = codebooks(case, m) // c.global_layers + early * case.size
   table = b * c.heads * _cells(case, m) * F32
-  # The cut holds scores, their integer form, a mask and the result: of query heads, or of KV heads
-  # beside the scores of query heads, their copy in a layout of its own and weights.
-  tables = 4 * table if m.budget.per == "query_head" else 3 * table + 4 * table // c.group
+  # The cut holds scores, their integer form, what is counted and the result: of query heads, or of
+  # KV heads beside the scores of query heads and those of segments that they are joined from.
+  tables = 4 * table if m.budget.per == "query_head" else 2 * table + 4 * table // c.group
   near = 2 * b * c.kv_heads * (m.sinks + ring_of(m.window, m.page)) * c.head_dim * case.cache_size
   words = b * c.kv_heads * m.far.items(m.window, case.new) * c.head_dim * F32
   sums = b * c.kv_heads * m.codewords * c.head_dim * F32 if m.tail == "centroid" else 0

@@ -40,8 +40,8 @@ class LayerCase:
     blocks: W, fetched at once, each of one row and KV head; the quarters of a stage that a step
       may end with take the choice by shape. fetched: F, pages of a block.
     near: pages of sinks and ring, of ``near_page`` tokens, attended with the tail.
-    cells: of a KV head under eight segments, and looked up for so many ``edges``, the pages of the
-      prompt.
+    cells: of a KV head under eight segments, and looked up for so many ``edges``, the places of the
+      prompt's pages.
     keys: encoded at once.
     dtype: of keys, values and queries.
   """
@@ -357,11 +357,12 @@ def _encode(layer: LayerCase, family: Family, how: dict[str, Any], n: int) -> Ke
 
 
 def _lookup(layer: LayerCase, how: dict[str, Any], heads: int, count: int) -> KernelCase:
-  """What is taken of the cells of so many pages or tokens, mostly in the order of cells."""
+  """What is taken of the cells of so many pages or tokens, which rise in eight runs."""
   rng = np.random.default_rng(3)
   numbers = layer.cells
   tables = rng.integers(0, 1 << 20, (heads, numbers), dtype=np.int32)
-  places = np.sort(rng.integers(0, numbers, (heads, count), dtype=np.int32), axis=-1)
+  places = rng.integers(0, numbers, (heads, count), dtype=np.int32)
+  places = np.concatenate([np.sort(x) for x in np.array_split(places, 8, axis=-1)], axis=-1)
   chosen = LookupTiles.of(numbers=numbers)
 
   def kernel(tables: Array, places: Array, tiles: Any) -> Array:

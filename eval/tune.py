@@ -13,6 +13,7 @@ from a2ats_jax.codebook import make_codebook
 from a2ats_jax.errors import UserError
 from a2ats_jax.far import FarPosition
 from a2ats_jax.files import write_atomically
+from a2ats_jax.index import places_of
 from a2ats_jax.methods.a2ats import A2ATS, ring_of
 from a2ats_jax.models.config import ModelConfig
 from a2ats_jax.ops import stored_tiles
@@ -39,7 +40,7 @@ SMALLEST = LayerCase(
   near=3,
   near_page=8,
   cells=130,
-  edges=4,
+  edges=8,
   keys=64,
   dtype="float32",
 )
@@ -90,7 +91,7 @@ def layer_of(
     near=(A2ATS.sinks + ring_of(A2ATS.window, page)) // near_page,
     near_page=near_page,
     cells=FarPosition.segments(8).cells(A2ATS.window, new, codewords),
-    edges=-(-T // page),
+    edges=places_of(-(-T // page)),
     keys=min(batch * T, MANY),
     dtype=dtype,
   )

@@ -302,9 +302,15 @@ def test_page_numbers(prompt, order):
 def test_numbers_without_sorted_pages_or_tokens_taken():
   index, _ = build(jnp.zeros((B, K, 0), jnp.int32), jnp.ones((B, 0), bool))
   held = cell_index.page_cells(index, layer=0)
-  ids, count = cell_index.page_numbers(held, jnp.zeros((B, K, CELLS), jnp.int32), most=0)
+  none = jnp.zeros((B, K, CELLS), jnp.int32)
+  ids, count = cell_index.page_numbers(held, none, most=0)
   assert ids.shape == (B, K, 1)
   assert not np.asarray(count).any()
+  index = append(index, jnp.full((B, K), 2, jnp.int32), jnp.asarray([P, -1], jnp.int32))
+  held = cell_index.page_cells(index, layer=0)
+  ids, count = cell_index.page_numbers(held, none.at[..., 2].set(1), most=3)
+  assert np.asarray(count).tolist() == [[1, 1], [0, 0]]
+  assert np.asarray(ids).tolist() == [[[1, 0, 0]] * 2, [[0, 0, 0]] * 2]
 
 
 @pytest.mark.parametrize("n", [0, 1, 5, 130])
@@ -319,14 +325,15 @@ def test_compact_lists_the_marked_pages(n):
     np.testing.assert_array_equal(ids[row, head], np.pad(want, (0, n - len(want))))
 
 
-@pytest.mark.parametrize("group", [1, 2, 3])
-def test_kv_head_scores_are_log_shares_of_attention(group):
+@pytest.mark.parametrize(("group", "scale"), [(1, 1.0), (2, 0.25), (3, 1.0)])
+def test_kv_head_scores_are_log_shares_of_attention(group, scale):
   """Against NumPy; cells without tokens count for nothing, however high they score."""
   rng = np.random.default_rng(0)
   logits = rng.normal(size=(1, 2, 2 * group, 6)).astype(np.float32) * 5
   counts = rng.integers(0, 4, (1, 2, 2, 6)).astype(np.int32)
   counts[..., 3], logits[..., 3] = 0, 1e30
-  got = jax.jit(cell_index.kv_head_scores)(jnp.asarray(logits), jnp.asarray(counts))
+  scores = jnp.asarray(logits / np.float32(scale))  # by a power of two
+  got = jax.jit(partial(cell_index.kv_head_scores, scale=scale))(scores, jnp.asarray(counts))
   for s, head in np.ndindex(2, 2):
     best = np.full(6, -np.inf)
     for g in range(group * head, group * head + group):
@@ -336,6 +343,17 @@ def test_kv_head_scores_are_log_shares_of_attention(group):
       best = np.maximum(best, row - np.log(total))
     both = np.asarray(got)[0, s, head, held], best[held]
     np.testing.assert_allclose(*both, rtol=1e-5, atol=1e-5)
+
+
+def test_heads_that_look_at_one_cell_alone_tie():
+  """Whatever the logit: a share of 1, and exactly that."""
+  rng = np.random.default_rng(0)
+  logits = rng.normal(size=(1, 500, 2, 4)).astype(np.float32) - 300
+  logits[:, :, 0, 1], logits[:, :, 1, 2] = rng.normal(30, 20, (2, 500)).astype(np.float32)
+  got = jax.jit(partial(cell_index.kv_head_scores, scale=0.3))(
+    jnp.asarray(logits), jnp.ones((1, 500, 1, 4), jnp.int32)
+  )
+  assert not np.any(np.asarray(got)[..., 0, 1:3])
 
 
 def test_kv_head_scores_of_an_empty_index_are_finite():

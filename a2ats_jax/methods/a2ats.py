@@ -492,7 +492,9 @@ class A2ATS:
     table: Float[Array, "B H cells"],
     now: Int[Array, "B"],
     layer: int | Array,
-  ) -> tuple[Int[Array, "B K cells"], Int[Array, "B K F"], Int[Array, "B K"], Int[Array, "B K"]]:
+  ) -> tuple[
+    Int[Array, "B K cells"], Int[Array, "B K listed"], Int[Array, "B K"], Int[Array, "B K"]
+  ]:
     """From scores to tokens taken of every cell and the pages that hold them.
 
     The page that is not full yet is in the ring, and none of these pages.
@@ -505,7 +507,7 @@ class A2ATS:
       Tokens taken of every cell, page numbers, how many of these count, and how many tokens the
       fetch bound took away.
     """
-    granted = jnp.asarray(self.budget.resolve(state.capacity))[now + 1]
+    budget = self.budget.resolve(state.capacity)
     b, kv_heads, size = counts.shape
     scores = table
     if self.budget.per == "kv_head":
@@ -516,19 +518,19 @@ class A2ATS:
     alone = counts.reshape(b * kv_heads, 1, size)
     held = cells.page_cells(state.index, layer=layer)
     # Pages not sealed yet are in the ring: their slots are emptied, so that none is marked.
-    number = jnp.arange(held.sorted, state.index.pages, dtype=jnp.int32)
+    number = jnp.arange(held.sorted_pages, state.index.pages, dtype=jnp.int32)
     sealed = state.prompt_slots // self.page + self.split.dealt(self._full(state, now))
     there = (number[None] < sealed[:, None])[:, None, :, None]
     held = dataclasses.replace(held, cells=jnp.where(there, held.cells, size))
     held = jax.tree.map(lambda x: x.reshape(b * kv_heads, 1, *x.shape[2:]), held)
-    most = jnp.repeat(granted, kv_heads)
-    bound = int(self.budget.resolve(state.capacity).max()) * scores.shape[1]
+    granted = jnp.repeat(jnp.asarray(budget)[now + 1], kv_heads)
+    most = int(budget.max()) * scores.shape[1]
 
     def pick(count: Int[Array, "rows"]) -> tuple[Array, Array, Array]:
       taken = cells.select(alone, scores, count)
-      return taken, *cells.page_numbers(held, taken, most=bound)
+      return taken, *cells.page_numbers(held, taken, most=most)
 
-    taken, ids, pages = pick(most)
+    taken, ids, pages = pick(granted)
     wanted = jnp.sum(taken, axis=-1)
     if self.fetch:
 
@@ -542,22 +544,21 @@ class A2ATS:
         return jnp.where(good, middle, low), jnp.where(good, high, middle - 1)
 
       def shrink() -> tuple[Array, Array, Array]:
-        steps = max(int(self.budget.resolve(state.capacity).max()).bit_length(), 1)
-        return pick(jax.lax.fori_loop(0, steps, halve, (jnp.zeros_like(most), most))[0])
+        steps = max(int(budget.max()).bit_length(), 1)
+        return pick(jax.lax.fori_loop(0, steps, halve, (jnp.zeros_like(granted), granted))[0])
 
       chosen = taken, ids, pages
       taken, ids, pages = jax.lax.cond(jnp.all(fits(pages)), lambda: chosen, shrink)
     dropped = wanted - jnp.sum(taken, axis=-1)
-    whole = (x.reshape(b, kv_heads, *x.shape[2:]) for x in (taken, ids, pages, dropped))
-    taken, ids, pages, dropped = whole
-    return taken, ids, pages, dropped
+    chosen = taken, ids, pages, dropped
+    return tuple(x.reshape(b, kv_heads, *x.shape[2:]) for x in chosen)
 
   def _fetched(
     self,
     state: PagedState,
     q: Float[Array, "B 1 H D"],
     taken: Int[Array, "B K cells"],
-    ids: Int[Array, "B K F"],
+    ids: Int[Array, "B K listed"],
     count: Int[Array, "B K"],
     near: attention.Part,
     layer: int | Array,
@@ -584,7 +585,7 @@ class A2ATS:
     index, word = state.index, 4  # codes, counts and sums are int32 and float32
     whole = (size + items) * dim + items  # codewords, and those of later tokens
     whole += 2 * (index.counts.shape[3] + index.skip.shape[3]) + index.begun.shape[3]
-    whole += 2 * (index.pages - index.sorted) * self.page
+    whole += 2 * (index.pages - index.sorted_pages) * self.page
     whole += size * (dim + 1) if self.tail == "centroid" else 0
     return (word * (whole + 2 * self.page * pages)).astype(jnp.float32)
 

@@ -69,7 +69,7 @@ class ClusterKV:
   clusters. Needs nothing of prefill but keys.
 
   Host bytes per token and layer: ``2 K D`` numbers. Device: ``8 K`` for cluster and rank, and
-  ``K C (D b + 4)`` once for C clusters; sinks and ``every`` tokens of ``2 K D`` numbers.
+  ``K C (D b + 8)`` once for C clusters; sinks and ``every`` tokens of ``2 K D`` numbers.
 
   Ours: k-means starts from evenly spaced keys, where the repository draws them; an empty cluster
   keeps its centroid; what is fetched at one step is not kept for the next; every layer selects (the
@@ -237,7 +237,7 @@ class ClusterKV:
     d, index = k.shape[3], state.index
     extra = state.centroids.shape[3] * (d * k.dtype.itemsize + 4)
     extra += 4 * (index.begins.shape[3] + 2 * index.skip.shape[3])
-    later = index.pages - index.sorted  # pages that are not sorted: every slot
+    later = index.pages - index.sorted_pages  # pages that are not sorted: every slot
     extra = extra + 8 * self.page * (count + later)
     size = read * (2 * d * k.dtype.itemsize) + jnp.where(now[:, None] < 0, 0, extra)[:, None]
     stats = Stats(
@@ -252,7 +252,7 @@ class ClusterKV:
 
   def choose(
     self, state: ClusterState, q: Float[Array, "B 1 H D"], now: Int[Array, "B"], layer: int | Array
-  ) -> tuple[Int[Array, "B K clusters"], Int[Array, "B K F"], Int[Array, "B K"]]:
+  ) -> tuple[Int[Array, "B K clusters"], Int[Array, "B K listed"], Int[Array, "B K"]]:
     """Tokens taken of every cluster, the pages that hold them, and how many pages.
 
     Args:
@@ -260,13 +260,12 @@ class ClusterKV:
     """
     counts = dense.read(state.index.counts, layer)
     scores = attention.logits(q, dense.read(state.centroids, layer))[:, 0]
-    granted = jnp.asarray(self.budget.resolve(state.capacity))[jnp.maximum(now + 1, 0)]
+    table = self.budget.resolve(state.capacity)
+    granted = jnp.asarray(table)[jnp.maximum(now + 1, 0)]
     sinks = jnp.minimum(self.sinks, state.prompt)  # a short prompt has fewer
     taken = cells.select(counts, scores, jnp.maximum(granted - sinks, 0))
     taken = jnp.where((now >= 0)[:, None, None], taken, 0)
-    most = int(self.budget.resolve(state.capacity).max())
-    if self.budget.per == "query_head":
-      most *= q.shape[2] // taken.shape[1]
+    most = int(table.max()) * (q.shape[2] // taken.shape[1])
     return taken, *cells.page_numbers(cells.page_cells(state.index, layer=layer), taken, most=most)
 
   def _cluster(self, state: ClusterState, now: Int[Array, "B"], layer: int | Array) -> ClusterState:

@@ -94,7 +94,7 @@ def stage_of(need: int, *, heads: int, pages: int, most: int) -> Stage:
 def attend_pages(
   store: paged.KVStore,
   q: Float[Array, "B 1 H D"],
-  ids: Int[Array, "B K N"],
+  ids: Int[Array, "B K listed"],
   count: Int[Array, "B K"],
   chosen: Callable[[Blocks], Bool[Array, "W 1 F P"]],
   *,
@@ -119,7 +119,7 @@ def attend_pages(
 def in_stages(
   store: paged.KVStore,
   q: Float[Array, "B 1 H D"],
-  ids: Int[Array, "B K N"],
+  ids: Int[Array, "B K listed"],
   count: Int[Array, "B K"],
   decode: Callable[[Float[Array, "W 1 G D"], Pages, Blocks], attention.Part],
   *,

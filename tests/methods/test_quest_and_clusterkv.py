@@ -98,6 +98,18 @@ def test_clusterkv_reads_the_best_clusters(seed):
   compare(CLUSTER, CLUSTER, cluster_reads, cache, shared=True)
 
 
+def test_clusterkv_reads_what_each_query_head_takes_whoever_the_budget_names():
+  """More pages of a KV head than tokens granted: its query heads look elsewhere."""
+  few = dataclasses.replace(CLUSTER, sinks=0, budget=Budget(tokens=2), page=1)
+  other = dataclasses.replace(few, budget=Budget(tokens=2, per="kv_head"))
+  cache = cases.draw_cache(SHAPE, seed=0, lengths=[40, 23, 3], rope="yarn")
+  steps = zip(cases.run_steps(few, cache, 3), cases.run_steps(other, cache, 3), strict=True)
+  for want, got in steps:
+    assert np.max(np.asarray(want.stats.selected)) > 2
+    np.testing.assert_array_equal(got.stats.selected, want.stats.selected)
+    np.testing.assert_allclose(got.out, want.out, atol=cases.TOLERANCE, rtol=0)
+
+
 @pytest.mark.parametrize("seed", [0, 1])
 def test_clusterkv_finds_later_tokens_by_their_own_clusters(seed):
   """Three times four later tokens become two clusters, whose tokens are then chosen or left."""

@@ -2,8 +2,8 @@
 
 A table lies in VMEM as rows of 128 numbers. A TPU picks any of 128 numbers for every lane in one
 instruction, so a tile of places takes one gather for each row from the lowest to the highest that
-it names, and every place keeps what it finds in its own row. Places that rise, as the cells of
-sorted pages do, look at each row about once altogether.
+it names, and every place keeps what it finds in its own row. Places that rise look at each row
+about once altogether; cells of sorted pages rise in eight runs, and look at each about eight times.
 """
 
 import enum
@@ -92,7 +92,7 @@ def _lookup(
     out_specs=pl.BlockSpec((1, SUBLANES, LANES), lambda i, j: (i, j, 0)),
     out_shape=jax.ShapeDtypeStruct(place.shape, jnp.int32),
     compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel")),
-    # Every row once and a tile's ends twice, as where places rise.
+    # Every row once and a tile's ends twice, as where places rise in one run.
     cost_estimate=pl.CostEstimate(
       flops=3 * _TILE * table.shape[0] * (rows + 2 * blocks),
       bytes_accessed=4 * (table.size + 2 * place.size),
