@@ -550,8 +550,9 @@ class A2ATS:
       chosen = taken, ids, pages
       taken, ids, pages = jax.lax.cond(jnp.all(fits(pages)), lambda: chosen, shrink)
     dropped = wanted - jnp.sum(taken, axis=-1)
-    chosen = taken, ids, pages, dropped
-    return tuple(x.reshape(b, kv_heads, *x.shape[2:]) for x in chosen)
+    whole = (x.reshape(b, kv_heads, *x.shape[2:]) for x in (taken, ids, pages, dropped))
+    taken, ids, pages, dropped = whole
+    return taken, ids, pages, dropped
 
   def _fetched(
     self,
