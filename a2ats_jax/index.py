@@ -28,6 +28,7 @@ from a2ats_jax.typing import Array, Bool, Float, Int, Shaped
 
 NEVER = 2**31 - 1  # a rank that no token has, and a place that no array has
 _PARTS = 8  # of an axis, added up side by side
+_SUBNORMAL = 2**23 - 1  # positive float32 numbers that are smaller than the least normal one
 _FIRST = 12  # halvings before it is worth asking how many cells are left
 
 
@@ -249,15 +250,18 @@ def append(
   )
 
 
-def _ordered(scores: Float[Array, "*shape"]) -> Int[Array, "*shape"]:
-  """Integers in the order of float32 scores; both zeros are one number."""
-  bits = jax.lax.bitcast_convert_type(jnp.where(scores == 0, 0.0, scores), jnp.int32)
-  return bits ^ ((bits >> 31) & jnp.int32(0x7FFFFFFF))
+def _key(scores: Float[Array, "*shape"]) -> Int[Array, "*shape"]:
+  """Integers in the order of float32 numbers, one after the other; what is subnormal is zero."""
+  size = jax.lax.bitcast_convert_type(jnp.abs(scores), jnp.int32)
+  size = jnp.maximum(size - _SUBNORMAL, 0)
+  return jnp.where(scores < 0, -size, size)
 
 
 def _score(keys: Int[Array, "*shape"]) -> Float[Array, "*shape"]:
-  """The inverse of :func:`_ordered`."""
-  return jax.lax.bitcast_convert_type(keys ^ ((keys >> 31) & jnp.int32(0x7FFFFFFF)), jnp.float32)
+  """The inverse of :func:`_key`."""
+  size = jnp.abs(keys) + jnp.where(keys == 0, 0, _SUBNORMAL)
+  size = jax.lax.bitcast_convert_type(size, jnp.float32)
+  return jnp.where(keys < 0, -size, size)
 
 
 def _parts(x: Shaped[Array, "*rows n"]) -> list[Shaped[Array, "*rows part"]]:
@@ -294,34 +298,38 @@ def cut(
   single score is left; so no cell is sorted. All tokens where there are fewer than granted.
 
   Args:
-    scores: float32, no NaN. Cells of the same score are taken in their order.
+    scores: float32, no NaN. Cells of the same score are taken in their order. What is subnormal
+      counts as zero wherever it does for the machine, as on a CPU.
     counts: tokens of every cell, fewer than 2^24 together.
   """
   every, more = counts.shape[-1], -counts.shape[-1] % _PARTS
-  wanted = jnp.minimum(granted, jnp.sum(counts, axis=-1))[..., None]
-  wanted = jnp.broadcast_to(wanted, scores.shape[:-1])
-  keys = jnp.pad(_ordered(scores), [(0, 0)] * (scores.ndim - 1) + [(0, more)])
+  scores = jnp.pad(scores, [(0, 0)] * (scores.ndim - 1) + [(0, more)])
   counts = jnp.pad(counts, [(0, 0)] * (counts.ndim - 1) + [(0, more)])
-  full = (counts > 0).astype(jnp.int32)
+  held = counts[..., None, :]
+  wanted = jnp.broadcast_to(granted[..., None], scores.shape[:-1])
+
+  # Scores are compared as floats, and only what bounds them is halved as integers: integers of all
+  # cells would be one more array, and compare no faster.
+  def reach(key: Array) -> Array:
+    return scores >= _score(key)[..., None]
+
+  def distance(low: Array, high: Array) -> Array:
+    return (high - low).astype(jnp.uint32)  # wraps to the true one
 
   def halve(bounds: tuple[Array, ...], by_score: bool) -> tuple[Array, ...]:
-    # Invariant: tokens from low on are enough, tokens above high are not.
+    # Invariant: tokens from low on are enough, or all; those from high on are above, too few.
     low, high, above = bounds
-    span = (high - low).astype(jnp.uint32)  # wraps to the true distance
-    key = low + ((span >> 1) + (span & 1)).astype(jnp.int32)
+    key = low + (distance(low, high) >> 1).astype(jnp.int32)
     if by_score:
       score = 0.5 * _score(low) + 0.5 * _score(high)
-      key = jnp.where(jnp.isfinite(score), jnp.clip(_ordered(score), low + 1, high), key)
-    many = _number(keys >= key[..., None], counts)
-    enough, still = many >= wanted, low < high
-    return (
-      jnp.where(enough & still, key, low),
-      jnp.where(enough | ~still, high, key - 1),
-      jnp.where(enough | ~still, above, many),
-    )
+      key = jnp.where(jnp.isfinite(score), jnp.clip(_key(score), low + 1, high - 1), key)
+    many = _number(reach(key), counts)
+    enough = many >= wanted
+    low, high = jnp.where(enough, key, low), jnp.where(enough, high, key)
+    return low, high, jnp.where(enough, above, many)
 
   def between(low: Array, high: Array) -> Array:
-    return (keys >= low[..., None]) & (keys <= high[..., None])
+    return reach(low) & ~reach(high)
 
   def narrow(state: tuple[Array, ...]) -> tuple[Array, ...]:
     # The middle of the scores leaves few cells soonest; the middle of the bits ends whatever the
@@ -329,24 +337,22 @@ def cut(
     bounds = state[:3]
     for by_score in (True, True, True, False):
       bounds = halve(bounds, by_score)
-    return (*bounds, _number(between(*bounds[:2]), full))
+    return (*bounds, _number(between(*bounds[:2]) & (held > 0), jnp.ones_like(counts)))
 
   def open_rows(state: tuple[Array, ...]) -> Array:
     low, high, _, cells = state
-    return jnp.any((low < high) & (cells > 1))
+    return jnp.any((distance(low, high) > 1) & (cells > 1))
 
-  # Of the floats and not of their keys, as XLA's CPU backend is slow at the range of integers.
-  low, high = (_ordered(of(scores, axis=-1)) for of in (jnp.min, jnp.max))
-  bounds = low, high, jnp.zeros(keys.shape[:-1], jnp.int32)
+  low, high = _key(jnp.min(scores, axis=-1)), _key(jnp.max(scores, axis=-1)) + 1
+  bounds = low, high, jnp.zeros_like(low)
   bounds = jax.lax.fori_loop(0, _FIRST, lambda _, b: halve(b, True), bounds)
   state = (*bounds, jnp.full_like(wanted, 2))
   low, high, above, cells = jax.lax.while_loop(open_rows, narrow, state)
   room = (wanted - above)[..., None]
 
   def taken(earlier: Callable[[Array], Array]) -> Array:
-    held = counts[..., None, :]
     tied = jnp.where(between(low, high), held, 0)
-    return jnp.where(keys > high[..., None], held, jnp.clip(room - earlier(tied), 0, tied))
+    return jnp.where(reach(high), held, jnp.clip(room - earlier(tied), 0, tied))
 
   # Most often one cell is left in every row, which no other comes before.
   return jax.lax.cond(
@@ -519,7 +525,7 @@ def page_numbers(
   b, kv_heads, places = pages.skip.shape
   hit = taken > (pages.begun if pages.begun.shape[-1] else 0)
   begun = jnp.zeros((b, kv_heads, places), jnp.int32)
-  begun = _put(begun, jnp.where(hit, pages.begins, NEVER), taken, once=False)
+  begun = _put(begun, jnp.where(hit, pages.begins, NEVER), jnp.ones_like(taken), once=False)
   marked = (begun > 0) | (lookup(taken, pages.before) > pages.skip)
   # Made once: a CPU's fusion would look a number up again for every use.
   marked = jax.lax.optimization_barrier(marked.astype(jnp.int32))

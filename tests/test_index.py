@@ -203,16 +203,19 @@ def test_equals_the_reference_as_tokens_are_appended(case):
   wanted=st.integers(0, 60),
 )
 @example(scores=[0.0, -0.0, 0.0, -0.0, 0.0, 0.0], counts=[1] * 6, wanted=3)
+@example(scores=[1e-40, -1e-40, 0.0, 2e-38, -2e-38, 1e-45], counts=[2] * 6, wanted=5)
+@example(scores=[-1e-40, 1e-40, -2e-38, -0.0, -3e-38, -1.0], counts=[2] * 6, wanted=9)
 @example(scores=[float("inf"), float("-inf"), 3e38, -3e38, 1e-30, -1e-30], counts=[2] * 6, wanted=7)
 def test_cut_is_the_sorted_prefix(scores, counts, wanted):
-  """Against sorting in Python, with any finite or infinite scores."""
+  """Against sorting in Python, with any finite or infinite scores; what is subnormal is zero."""
+  normal = [0.0 if abs(score) < np.finfo(np.float32).tiny else score for score in scores]
   got = jax.jit(cell_index.cut)(
     jnp.asarray([[scores]], jnp.float32),
     jnp.asarray([counts], jnp.int32),
     jnp.asarray([wanted], jnp.int32),
   )
   left, want = wanted, [0] * 6
-  for cell in sorted(range(6), key=lambda c: (-np.float32(scores[c]), c)):
+  for cell in sorted(range(6), key=lambda c: (-np.float32(normal[c]), c)):
     want[cell] = min(counts[cell], left)
     left -= want[cell]
   assert np.asarray(got)[0, 0].tolist() == want

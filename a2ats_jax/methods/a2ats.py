@@ -531,7 +531,7 @@ class A2ATS:
       return taken, *cells.page_numbers(held, taken, most=most)
 
     taken, ids, pages = pick(granted)
-    wanted = jnp.sum(taken, axis=-1)
+    dropped = jnp.zeros_like(granted)
     if self.fetch:
 
       def fits(pages: Array) -> Array:
@@ -549,10 +549,9 @@ class A2ATS:
 
       chosen = taken, ids, pages
       taken, ids, pages = jax.lax.cond(jnp.all(fits(pages)), lambda: chosen, shrink)
-    dropped = wanted - jnp.sum(taken, axis=-1)
-    whole = (x.reshape(b, kv_heads, *x.shape[2:]) for x in (taken, ids, pages, dropped))
-    taken, ids, pages, dropped = whole
-    return taken, ids, pages, dropped
+      dropped = jnp.sum(chosen[0] - taken, axis=(1, 2))
+    taken, ids, pages = (x.reshape(b, kv_heads, *x.shape[2:]) for x in (taken, ids, pages))
+    return taken, ids, pages, dropped.reshape(b, kv_heads)
 
   def _fetched(
     self,
