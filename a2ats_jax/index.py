@@ -324,7 +324,7 @@ def cut(
       score = 0.5 * _score(low) + 0.5 * _score(high)
       key = jnp.where(jnp.isfinite(score), jnp.clip(_key(score), low + 1, high - 1), key)
     many = _number(reach(key), counts)
-    enough = many >= wanted
+    enough = (many >= wanted) | (key == low)  # low itself where nothing is left between
     low, high = jnp.where(enough, key, low), jnp.where(enough, high, key)
     return low, high, jnp.where(enough, above, many)
 

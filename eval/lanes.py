@@ -15,6 +15,7 @@ from eval.results import Row
 from eval.timing import Tick, interleaved
 
 CALLS = 3  # steps of a variant in a round, the last of them timed: a step follows another
+REPEATS = 8  # of a part in its program, as a step is one program too and none of its parts is
 Step = Callable[[State, tuple[Array, ...]], tuple[Array, State, Any]]
 
 
@@ -77,7 +78,7 @@ class Variant:
   Attributes:
     case: which.
     lane: its state, which other budgets may share.
-    parts: programs by name that leave the state alone.
+    parts: programs by name that leave the state alone, each :data:`REPEATS` times its part.
     temp_bytes: of the step.
     bytes: ``device_bytes`` and ``host_bytes`` of the state and of the method's own arrays.
     stats: of every step so far.
@@ -120,7 +121,8 @@ def measure(
 
   Returns:
     For every variant: its identity, milliseconds of each
-    round (``ms`` of the step, ``NAME_ms`` of each part), what it read in these rounds, and bytes.
+    round (``ms`` of the step, ``NAME_ms`` of each part once), what it read in these rounds, and
+    bytes.
   """
   programs: dict[str, Callable[[], Any]] = {}
   for place, variant in enumerate(variants):
@@ -129,8 +131,9 @@ def measure(
   times = interleaved(programs, rounds=rounds, warmup=warmup, calls=CALLS, tick=tick)
   rows = []
   for place, variant in enumerate(variants):
-    names = ["ms", *(f"{name}_ms" for name in variant.parts)]
-    row: Row = {name: times[f"{place} {name}"].tolist() for name in names}
+    row: Row = {"ms": times[f"{place} ms"].tolist()}
+    for name in variant.parts:
+      row[f"{name}_ms"] = (times[f"{place} {name}_ms"] / REPEATS).tolist()
     row |= _read(variant, rounds) | variant.bytes | {"temp_bytes": variant.temp_bytes}
     rows.append(variant.case.identity | row)
   return rows

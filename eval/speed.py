@@ -96,10 +96,10 @@ def run_attention(options: SpeedOptions, *, progress: Progress | None = None) ->
 
   Returns:
     Rows with ``ms``, ``ms_low`` and ``ms_high`` (median and quartiles), the same of ``score_ms``
-    and ``selection_ms`` (from the score table to page numbers, timed by itself) and
-    ``selection_share`` of the step; ``baseline`` (the faster plain attention), ``baseline_ms`` and
-    ``ratio``; ``full_ms`` and ``dot_product_attention_ms``; what was read and moved in a step; and
-    bytes.
+    and ``selection_ms`` (from the score table to page numbers), each timed in a program of its own
+    that does it :data:`eval.lanes.REPEATS` times, and ``selection_share`` of the step;
+    ``baseline`` (the faster plain attention), ``baseline_ms`` and ``ratio``; ``full_ms`` and
+    ``dot_product_attention_ms``; what was read and moved in a step; and bytes.
 
   Raises:
     UserError: a method cannot be built, or ``out`` holds another run.
@@ -241,6 +241,7 @@ def _config(options: SpeedOptions) -> Row:
     "rounds": options.rounds,
     "warmup": WARMUP,
     "calls": lanes.CALLS,
+    "repeats": lanes.REPEATS,
     "seed": options.seed,
   } | ({"shape": dataclasses.asdict(options.shape)} if options.what == "attention" else {})
 

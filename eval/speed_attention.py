@@ -19,7 +19,7 @@ from a2ats_jax.methods.base import Geometry, Method, PromptLayer, State, Stats
 from a2ats_jax.methods.full import Full
 from a2ats_jax.rope import Rope, make_rope, rotate
 from a2ats_jax.typing import Array, Float, Int
-from eval.lanes import Lane, Program, Step, Variant
+from eval.lanes import REPEATS, Lane, Program, Step, Variant
 from eval.options import Case
 from eval.speed_inputs import Drawn, LayerShape
 
@@ -134,15 +134,28 @@ def _attend_all(
   return attention.finish(part).astype(q.dtype), stats
 
 
-@jax.jit
-def _score(method: Any, state: State, q: Array, positions: Array, rope: Rope) -> Array:
-  return method.score(state, q, positions, rope, 0)
+def _in_turn(of: Callable[[Any], Any], two: tuple[Any, Any]) -> Any:
+  """A function of two arguments in turn, :data:`eval.lanes.REPEATS` times; the second's result."""
+  both = jax.tree.map(lambda *x: jnp.stack(x), *two)
+
+  def turn(i: Array) -> Any:
+    return of(jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i % 2, keepdims=False), both))
+
+  nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(of, two[1]))
+  return jax.lax.fori_loop(0, REPEATS, lambda i, _: turn(i), nothing)
 
 
 @jax.jit
-def _choose(method: Any, state: State, table: Array, positions: Array) -> Any:
+def _score(
+  method: Any, state: State, queries: tuple[Array, Array], positions: Array, rope: Rope
+) -> Array:
+  return _in_turn(lambda q: method.score(state, q, positions, rope, 0), queries)
+
+
+@jax.jit
+def _choose(method: Any, state: State, tables: tuple[Array, Array], positions: Array) -> Any:
   counts = dense.read(state.index.counts, 0)
-  return method.choose(state, counts, table, positions[:, 0], 0)
+  return _in_turn(lambda table: method.choose(state, counts, table, positions[:, 0], 0), tables)
 
 
 def tokens_of(drawn: Drawn) -> list[tuple[Array, ...]]:
@@ -194,16 +207,22 @@ def _attend(
 
 
 def _parts(method: Any, lane: Lane, rope: Rope) -> dict[str, Callable[[], Any]]:
-  """The score table of the next token, and the choice from the last table made."""
-  tables = [_score(method, lane.state, lane.token[0], lane.token[3], rope)]
+  """The score table of the next token, and the choice from the last table made.
+
+  Each takes the one before too, in turn, so that no two in a row are of the same numbers.
+  """
+  queries = [lane.token[0]] * 2
+  tables = [_score(method, lane.state, (queries[0], queries[1]), lane.token[3], rope)] * 2
 
   def score() -> Array:
     q, _, _, positions = lane.token
-    tables[0] = _score(method, lane.state, q, positions, rope)
-    return tables[0]
+    queries[:] = queries[1], q
+    new = _score(method, lane.state, (queries[0], queries[1]), positions, rope)
+    tables[:] = tables[1], new
+    return new
 
   def choose() -> Any:
-    return _choose(method, lane.state, tables[0], lane.token[3])
+    return _choose(method, lane.state, (tables[0], tables[1]), lane.token[3])
 
   return {"score": score, "selection": choose}
 

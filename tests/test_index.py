@@ -203,6 +203,7 @@ def test_equals_the_reference_as_tokens_are_appended(case):
   wanted=st.integers(0, 60),
 )
 @example(scores=[0.0, -0.0, 0.0, -0.0, 0.0, 0.0], counts=[1] * 6, wanted=3)
+@example(scores=[float(i) for i in range(6)], counts=[1] * 6, wanted=60)
 @example(scores=[1e-40, -1e-40, 0.0, 2e-38, -2e-38, 1e-45], counts=[2] * 6, wanted=5)
 @example(scores=[-1e-40, 1e-40, -2e-38, -0.0, -3e-38, -1.0], counts=[2] * 6, wanted=9)
 @example(scores=[float("inf"), float("-inf"), 3e38, -3e38, 1e-30, -1e-30], counts=[2] * 6, wanted=7)
@@ -409,3 +410,14 @@ def test_later_tokens_name_no_page_of_the_prompt(eligible, cell):
   ids, count = cell_index.page_numbers(cell_index.page_cells(index, layer=0), taken, most=8)
   early = {2: [0], 6: [1]}.get(cell, []) if eligible else []
   assert np.asarray(ids)[0, 0, : int(count[0, 0])].tolist() == [*early, 2]
+
+
+def test_rows_of_one_cut_end_apart():
+  """Rows with fewer tokens than granted: their ranges close early or late, and stay closed."""
+  rng = np.random.default_rng(0)
+  scores = rng.normal(size=(40, 2, 112)).astype(np.float32) * np.float32(8)
+  counts = rng.integers(0, 2, (40, 112)).astype(np.int32)
+  got = jax.jit(cell_index.cut)(
+    jnp.asarray(scores), jnp.asarray(counts), jnp.full(40, 4096, jnp.int32)
+  )
+  np.testing.assert_array_equal(got, np.broadcast_to(counts[:, None], scores.shape))
