@@ -2,6 +2,7 @@
 
 import json
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -174,6 +175,31 @@ def test_the_choice_that_is_timed_is_the_steps():
   stats = variant.stats[-1]
   np.testing.assert_array_equal(np.asarray(taken).sum(-1), np.asarray(stats.selected)[:, 0])
   np.testing.assert_array_equal(pages, np.asarray(stats.pages)[:, 0])
+
+
+def test_a_part_is_done_as_often_as_its_time_is_divided_by(monkeypatch):
+  """Two arguments in turn, the second last; and its row holds the time of doing it once."""
+  seen = []
+
+  def of(x):
+    jax.debug.callback(lambda x: seen.append(int(x)), x, ordered=True)
+    return x
+
+  assert int(speed_attention._in_turn(of, (jnp.int32(3), jnp.int32(4)))) == 4
+  jax.effects_barrier()
+  assert seen == [3, 4] * (lanes.REPEATS // 2)
+  budget, paged, _ = next(iter(_methods(drawn := draw(SHAPE, T=64, new=3, seed=5))))
+  case = Case(spec=parse_methods(PAGED)[0], budget=budget, method=paged)
+  variants = speed_attention.variants_of([case], drawn, SHAPE, dtype=jnp.float32)
+  variants[0].step()
+
+  def interleaved(programs, **_):
+    return {name: np.array([8.0 * lanes.REPEATS]) for name in programs}
+
+  monkeypatch.setattr(lanes, "interleaved", interleaved)
+  (row,) = lanes.measure(variants, rounds=1, warmup=0)
+  assert row["ms"] == [8.0 * lanes.REPEATS]
+  assert row["score_ms"] == row["selection_ms"] == [8.0]
 
 
 def _where(drawn):
